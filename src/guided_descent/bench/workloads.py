@@ -1,0 +1,112 @@
+"""The built-in workloads: functions that return a ``Problem``, as a user's own task does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from guided_descent.bench.data import EpochOrder, Split, digits, source_corpus
+from guided_descent.bench.models import ByteGPT, mlp
+from guided_descent.bench.problem import Batch, Problem
+from guided_descent.bench.smoke import factorisation, logistic, quadratic, rosenbrock
+
+CONTEXT, BATCH = 64, 32
+VALID_WINDOWS = 512
+
+
+def lm_source(seed: int) -> Problem:
+    """Byte-level language modelling of Python source text; 0.39M parameters, 32 x 64 bytes a step, 600 steps at 1x.
+
+    A window of 65 bytes is drawn at most once per epoch; one epoch is about 7,000 steps. Validation bits per byte are
+    computed on 512 windows spread evenly over held-out files.
+    """
+    corpus = source_corpus()
+    train, valid = _windows(corpus.train), _windows(corpus.valid)
+    chosen = valid[torch.linspace(0, len(valid) - 1, VALID_WINDOWS).long()]
+    order = EpochOrder(len(train), BATCH, seed)
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        tokens = batch.long()
+        return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        parts = torch.split(chosen, BATCH)
+        nats = sum(loss(model, part).item() for part in parts) / len(parts)
+        return {"bits_per_byte": nats / math.log(2)}
+
+    return Problem(
+        model=ByteGPT(context=CONTEXT),
+        loss=loss,
+        batches=lambda step: train[order(step)],
+        evaluate=evaluate,
+        steps=600,
+        metric="bits_per_byte",
+        unit="bits/byte",
+        eval_every=50,
+        data=corpus.hash,
+    )
+
+
+def _windows(text: Tensor) -> Tensor:
+    """uint8 [N, 65]: windows that share no target byte (each starts with the last byte of the one before)."""
+    return text.unfold(0, CONTEXT + 1, CONTEXT)
+
+
+def mlp_digits(seed: int) -> Problem:
+    """A 64-256-256-10 ReLU network on 8 x 8 digits: steps of about a millisecond, for grids with many seeds."""
+    return classification(digits(), mlp(64, 256, 256, 10), batch=128, steps=600, seed=seed)
+
+
+def classification(split: Split, model: nn.Module, *, batch: int, steps: int, seed: int) -> Problem:
+    """Cross-entropy training on a fixed split; test log-loss in nats is compared, test accuracy is reported."""
+    order = EpochOrder(len(split.x), batch, seed)
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(model(x), y)
+
+    def batches(step: int) -> Batch:
+        rows = order(step)
+        return split.x[rows], split.y[rows]
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        logits = model(split.x_test)
+        hits = (logits.argmax(-1) == split.y_test).float()
+        return {"test_loss": F.cross_entropy(logits, split.y_test).item(), "accuracy": hits.mean().item()}
+
+    return Problem(
+        model=model,
+        loss=loss,
+        batches=batches,
+        evaluate=evaluate,
+        steps=steps,
+        metric="test_loss",
+        unit="nats",
+        data=split.hash,
+    )
+
+
+WORKLOADS: dict[str, Callable[[int], Problem]] = {
+    "lm-source": lm_source,
+    "mlp-digits": mlp_digits,
+    "smoke-quadratic": quadratic,
+    "smoke-factorisation": factorisation,
+    "smoke-rosenbrock": rosenbrock,
+    "smoke-logistic": logistic,
+}
+
+FAMILIES: dict[str, tuple[str, ...]] = {"smoke": tuple(name for name in WORKLOADS if name.startswith("smoke-"))}
+
+
+def expand(ref: str) -> tuple[str, ...]:
+    """The workloads behind a name: the members of a family, or the name itself.
+
+    Example:
+        >>> expand("smoke")[0], expand("lm-source"), expand("mypkg.task:make")
+        ('smoke-quadratic', ('lm-source',), ('mypkg.task:make',))
+    """
+    return FAMILIES.get(ref, (ref,))

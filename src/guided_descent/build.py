@@ -1,0 +1,415 @@
+"""Build: the one place where a model, a recipe and the user's rules meet to become an optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias, cast
+
+from torch import Tensor, nn
+
+from guided_descent.engine.optimizer import ENGINE_KEYS, Optimizer
+from guided_descent.parts.base import Part
+from guided_descent.recipes.base import Recipe, lookup
+from guided_descent.routing import Block, Entry, Role, Rule, Table, canonical_name, check_not_flattened, route
+
+Params: TypeAlias = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+
+#: Roles that are not decayed when the roles are known, that is when the optimizer is built from a model.
+UNDECAYED = frozenset({Role.NORM, Role.BIAS, Role.SCALAR, Role.VECTOR})
+_NOT_OPTIONS = {
+    "capturable": "CUDA graphs are not supported yet",
+    "differentiable": "differentiating through the step is not supported: use torch.optim for that",
+}
+
+
+@dataclasses.dataclass
+class Assembly:
+    """Groups, one recipe for each, the blocks of every parameter, and the table they come from."""
+
+    groups: list[dict[str, Any]]
+    recipes: list[Recipe]
+    blocks: dict[str, tuple[Block, ...]]
+    entries: tuple[Entry, ...]
+
+
+class RoutedOptimizer(Optimizer):
+    """An optimizer built from a model, a list of parameters or a list of groups, by one recipe.
+
+    Args:
+        params: A model, whose parameters are routed by role; or what torch takes: tensors, ``(name, tensor)`` pairs, or
+            groups. Without a model a matrix recipe takes every 2-D tensor and warns once.
+        recipe: The recipe.
+        rules: Overrides by parameter name, see ``guided_descent.rule``; the first match wins.
+        add: Parts added to every recipe.
+        nonfinite: ``skip``, ``raise`` or ``ignore`` a step with a non-finite gradient.
+        rounding: How half-precision parameters take updates: ``nearest``, ``stochastic``, ``compensated``, ``master``.
+        maximize: Ascend instead of descend.
+        foreach: False for the plain loop over tensors.
+        fused: False to leave out torch's fused kernels.
+        compile: Compile the parts.
+        workspace_mb: Bound of the scratch memory in MiB.
+        seed: Seed of every random draw.
+    """
+
+    recipe_class: ClassVar[type[Recipe] | None] = None
+
+    def __init__(
+        self,
+        params: Params,
+        recipe: Recipe,
+        *,
+        rules: Sequence[Rule] = (),
+        add: Iterable[Part] = (),
+        compile: bool = False,
+        workspace_mb: float = 64.0,
+        seed: int = 0,
+        **engine: Any,
+    ) -> None:
+        engine = _engine_options(engine)
+        self._base = recipe
+        self._engine_options = engine
+        add = tuple(add)
+        assembly = assemble(params, recipe, rules, engine)
+        self.table = Table(assembly.entries)
+        self._start(assembly.groups, assembly.recipes, assembly.blocks, add, workspace_mb, seed)
+        if compile:
+            self.compile()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters: routed by shape, and split into a group for each recipe that takes some of them.
+
+        Args:
+            param_group: ``params`` (tensors or ``(name, tensor)`` pairs) and any of the recipe's keys.
+        """
+        if getattr(self, "_typed", False):
+            super().add_param_group(param_group)
+            return
+        taken = sum(len(group["params"]) for group in self.param_groups)
+        assembly = assemble([param_group], self._base, (), self._engine_options, first=taken)
+        clash = set(assembly.blocks) & set(self._engine.binder.blocks)
+        if clash:
+            raise ValueError(
+                f"a parameter named {min(clash)!r} is in the optimizer already; give the new one another name"
+            )
+        self._typed = True
+        try:
+            for group, recipe in zip(assembly.groups, assembly.recipes):
+                self._extend(group, recipe)
+        finally:
+            self._typed = False
+        self._engine.binder.blocks.update(assembly.blocks)
+        self.table = Table((*self.table.parameters, *assembly.entries))
+        self._engine.forget()
+        self._engine.bind()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy needs: the engine's part, and how it was built."""
+        return super().__getstate__() | {
+            "_base": self._base,
+            "_engine_options": self._engine_options,
+            "table": self.table,
+        }
+
+
+def optimizer_class(recipe_class: type[Recipe]) -> type[RoutedOptimizer]:
+    """The ``torch.optim``-style class of a recipe: the recipe's fields are its keywords."""
+    own = dataclasses.fields(recipe_class)
+
+    class Built(RoutedOptimizer):
+        def __init__(self, params: Params, *args: Any, **options: Any) -> None:
+            names = [item.name for item in own]
+            if len(args) > len(names):
+                raise TypeError(f"{type(self).__name__} takes the parameters and at most {len(names)} hyperparameters")
+            for name, value in zip(names, args):
+                if name in options:
+                    raise TypeError(f"{type(self).__name__} got {name!r} twice")
+                options[name] = value
+            build_options = {key: options.pop(key) for key in list(options) if key in _BUILD_KEYS}
+            super().__init__(params, make_recipe(recipe_class, options), **build_options)
+
+    Built.__name__ = Built.__qualname__ = recipe_class.__name__
+    Built.__module__ = "guided_descent"
+    Built.recipe_class = recipe_class
+    Built.__doc__ = _class_doc(recipe_class)
+    Built.__signature__ = _signature(recipe_class)  # type: ignore[attr-defined]
+    return Built
+
+
+def make_recipe(recipe_class: type[Recipe], options: Mapping[str, Any]) -> Recipe:
+    """A recipe from keywords; an unknown one is an error that lists the valid ones."""
+    valid = [item.name for item in dataclasses.fields(recipe_class)]
+    for name in options:
+        if name not in valid:
+            label = recipe_class.key or recipe_class.__name__
+            near = difflib.get_close_matches(name, [*valid, *_BUILD_KEYS], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(
+                f"{label} has no option {name!r}{hint} (hyperparameters: {', '.join(valid)}; "
+                f"build options: {', '.join(_BUILD_KEYS)})"
+            )
+    return recipe_class(**options)
+
+
+def build(
+    model: Params,
+    recipe: Recipe | str,
+    *,
+    rules: Sequence[Rule] = (),
+    add: Iterable[Part] = (),
+    nonfinite: str = "skip",
+    compile: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> RoutedOptimizer:
+    """An optimizer for a model from a recipe, of the class that belongs to the recipe.
+
+    Args:
+        model: A model, or parameters as torch takes them.
+        recipe: A recipe, a registered one's key, or one of the user's own.
+        rules: Overrides by parameter name; the first match wins.
+        add: Parts added to every recipe, such as a wrapper.
+        nonfinite: ``skip``, ``raise`` or ``ignore`` a step with a non-finite gradient.
+        compile: Compile the parts.
+        seed: Seed of every random draw.
+        **options: ``rounding``, ``maximize``, ``foreach``, ``fused``, ``workspace_mb``.
+
+    Example:
+        >>> import torch, guided_descent as gd
+        >>> opt = gd.build(torch.nn.Linear(4, 2), gd.recipes.Muon(lr=0.02), nonfinite="raise")
+        >>> type(opt).__name__, [group["recipe"] for group in opt.param_groups]
+        ('Muon', ['adamw'])
+    """
+    made = lookup(recipe)() if isinstance(recipe, str) else recipe
+    cls = CLASSES.get(type(made), RoutedOptimizer)
+    opt = cls.__new__(cls)
+    RoutedOptimizer.__init__(
+        opt, model, made, rules=rules, add=add, nonfinite=nonfinite, compile=compile, seed=seed, **options
+    )
+    return opt
+
+
+def optimizer(name: str, params: Params, **options: Any) -> RoutedOptimizer:
+    """An optimizer by the name of its recipe.
+
+    Args:
+        name: A key of ``list_optimizers()``.
+        params: A model, or parameters as torch takes them.
+        **options: The recipe's hyperparameters and the build options.
+
+    Raises:
+        ValueError: The name is unknown, or a value is out of range.
+        TypeError: A keyword is unknown.
+    """
+    return class_of(lookup(name))(params, **options)
+
+
+def class_of(recipe_class: type[Recipe]) -> Callable[..., RoutedOptimizer]:
+    """The optimizer class of a recipe class, made on first use."""
+    if recipe_class not in CLASSES:
+        CLASSES[recipe_class] = optimizer_class(recipe_class)
+    return CLASSES[recipe_class]
+
+
+CLASSES: dict[type[Recipe], type[RoutedOptimizer]] = {}
+_BUILD_KEYS = (
+    "rules",
+    "add",
+    "nonfinite",
+    "rounding",
+    "maximize",
+    "foreach",
+    "fused",
+    "compile",
+    "workspace_mb",
+    "seed",
+    *_NOT_OPTIONS,
+)
+
+
+# -- assembling groups ---------------------------------------------------------------------------------------------
+
+
+def assemble(
+    params: Params, recipe: Recipe, rules: Sequence[Rule], engine: Mapping[str, Any], first: int = 0
+) -> Assembly:
+    """Route the parameters and sort them into typed groups; each trainable parameter ends in exactly one.
+
+    Args:
+        params: A model, tensors, named tensors, or groups of either.
+        recipe: The recipe that takes what no rule takes.
+        rules: Overrides.
+        engine: Engine keys for every group.
+        first: Number of the first unnamed parameter.
+    """
+    known = isinstance(params, nn.Module)
+    user_groups, named, table = _sources(params, rules, first)
+    groups: list[dict[str, Any]] = []
+    recipes: list[Recipe] = []
+    blocks: dict[str, tuple[Block, ...]] = {}
+    shape_only = False
+    for overrides, names in user_groups:
+        base = _with(recipe, overrides, "this param group")
+        found: dict[Any, int] = {}
+        for name in names:
+            entry = table[name]
+            owner = _owner(entry, base)
+            rule = entry.rule
+            own_key = (id(owner) if owner is base else owner.label, rule.pattern if rule and _opts(rule) else None)
+            if owner.matrix:
+                check_not_flattened([entry])
+                shape_only = shape_only or not known
+            if own_key not in found:
+                found[own_key] = len(groups)
+                extra = {key: value for key, value in overrides.items() if key not in owner.numbers()}
+                groups.append({"params": [], "param_names": [], **owner.values(), **engine, **extra})
+                recipes.append(owner)
+            group = groups[found[own_key]]
+            group["params"].append(named[name])
+            group["param_names"].append(name)
+            blocks[name] = _scaled(entry, recipes[found[own_key]], known)
+    if not groups:
+        raise ValueError("there are no parameters to train: the model, list or groups given hold none")
+    if recipe.matrix and not any(r.matrix for r in recipes):
+        warnings.warn(
+            f"no parameter is a matrix that {recipe.label} takes: all go to its auxiliary recipe", stacklevel=4
+        )
+    if shape_only:
+        warnings.warn(
+            f"{recipe.label} was given tensors without their model, so that every 2-D tensor, also embeddings and "
+            "output layers, is taken for a matrix; pass the model itself to route by role",
+            stacklevel=4,
+        )
+    for index, group in enumerate(groups):
+        if index and isinstance(group["lr"], Tensor):
+            group["lr"] = group["lr"].clone()  # a scheduler that fills it must not touch another group
+    return Assembly(groups, recipes, blocks, table.parameters)
+
+
+def _sources(
+    params: Params, rules: Sequence[Rule], first: int
+) -> tuple[list[tuple[dict[str, Any], list[str]]], dict[str, Tensor], Table]:
+    """The user's groups as (overrides, names), the tensors by name, and their routing table."""
+    if isinstance(params, nn.Module):
+        table = route(params, rules)
+        tensors = _by_name(params)
+        return [({}, [entry.name for entry in table])], tensors, table
+    if isinstance(params, Tensor):
+        raise TypeError("params must be an iterable of tensors, not one tensor; write [tensor]")
+    if isinstance(params, set):
+        raise TypeError("params must be ordered, and a set is not: its order changes between runs; write a list")
+    given = list(params)
+    if not given:
+        raise ValueError("optimizer got an empty parameter list")
+    grouped = given if isinstance(given[0], dict) else [{"params": given}]
+    user_groups: list[tuple[dict[str, Any], list[str]]] = []
+    named: dict[str, Tensor] = {}
+    for group in cast(list[dict[str, Any]], grouped):
+        members = group["params"]
+        members = [members] if isinstance(members, Tensor) else list(members)
+        given_names = list(group.get("param_names") or [])
+        names: list[str] = []
+        for position, member in enumerate(members):
+            name, tensor = member if isinstance(member, tuple) else (None, member)
+            if name is None:
+                name = given_names[position] if given_names else f"param.{first + len(named)}"
+            _check_tensor(name, tensor, named)
+            named[name] = tensor
+            names.append(name)
+        overrides = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        user_groups.append((overrides, names))
+    return user_groups, named, route(list(named.items()), rules)
+
+
+def _by_name(model: nn.Module) -> dict[str, Tensor]:
+    return {canonical_name(name): p for name, p in model.named_parameters()}
+
+
+def _check_tensor(name: str, tensor: object, named: Mapping[str, Tensor]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"optimizer can only optimize tensors, but {name!r} is a {type(tensor).__name__}")
+    if not (tensor.is_leaf or tensor.retains_grad):
+        raise ValueError(f"can't optimize {name!r}, a non-leaf tensor: it is computed from others and has no gradient")
+    if name in named:
+        raise ValueError(f"two parameters are named {name!r}; names must be unique")
+    for other, there in named.items():
+        if there is tensor:
+            raise ValueError(f"{name!r} and {other!r} are the same tensor; each may be in one group, once")
+
+
+def _opts(rule: Rule) -> bool:
+    return bool(rule.options) or rule.recipe is not None
+
+
+def _owner(entry: Entry, base: Recipe) -> Recipe:
+    """The recipe of a parameter: its rule's, or the one to which the base routes its blocks."""
+    rule = entry.rule
+    if rule is not None and rule.recipe is not None:
+        made = lookup(rule.recipe)() if isinstance(rule.recipe, str) else rule.recipe
+        if not isinstance(made, Recipe):
+            raise TypeError(f"recipe={rule.recipe!r} of rule {rule.pattern!r} must be a recipe or the key of one")
+        return _with(made, rule.options, f"rule {rule.pattern!r}", strict=True)
+    owners = [base.route(block) for block in entry.blocks]
+    if any(owner != owners[0] for owner in owners):
+        raise ValueError(f"the blocks of {entry.name!r} go to different recipes; use a rule to give it one")
+    if rule is not None and rule.options:
+        return _with(owners[0], rule.options, f"rule {rule.pattern!r}", strict=True)
+    return owners[0]
+
+
+def _with(recipe: Recipe, overrides: Mapping[str, Any], where: str, strict: bool = False) -> Recipe:
+    """A recipe with a group's values; near misses of its keys are errors, other keys are the user's notes."""
+    valid = [item.name for item in dataclasses.fields(recipe)]
+    changes = {key: value for key, value in overrides.items() if key in valid}
+    for key in overrides:
+        if key in valid or key in ENGINE_KEYS or key in _NOT_OPTIONS:
+            continue
+        near = difflib.get_close_matches(key, [*valid, *ENGINE_KEYS], n=1, cutoff=0.75)
+        if strict or near:
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(
+                f"{where} sets {key!r}, which {recipe.label} does not have{hint} (valid: {', '.join(valid)})"
+            )
+    return recipe.replace(**changes) if changes else recipe
+
+
+def _scaled(entry: Entry, recipe: Recipe, known: bool) -> tuple[Block, ...]:
+    """Blocks with decay switched off where the role is known and is not to be decayed."""
+    asked = entry.rule is not None and "weight_decay" in entry.rule.options
+    if not known or asked or "weight_decay" not in recipe.numbers():
+        return entry.blocks
+    return tuple(
+        dataclasses.replace(block, wd_scale=0.0) if block.role in UNDECAYED else block for block in entry.blocks
+    )
+
+
+def _engine_options(options: dict[str, Any]) -> dict[str, Any]:
+    for name, why in _NOT_OPTIONS.items():
+        if options.pop(name, None):
+            raise ValueError(f"{name}=True: {why}")
+    for name in options:
+        if name not in ENGINE_KEYS:
+            raise TypeError(f"unknown build option {name!r} (valid: {', '.join(_BUILD_KEYS)})")
+    return ENGINE_KEYS | options
+
+
+def _class_doc(recipe_class: type[Recipe]) -> str:
+    fields = "\n".join(
+        f"    {item.name}: {item.metadata.get('help', 'recipe of the blocks that are no matrices')}"
+        for item in dataclasses.fields(recipe_class)
+    )
+    head = inspect.cleandoc(recipe_class.__doc__ or "")
+    return f"{head}\n\nArgs:\n    params: A model, or what torch.optim takes.\n{fields}\n"
+
+
+def _signature(recipe_class: type[Recipe]) -> inspect.Signature:
+    kinds = inspect.Parameter
+    fields = [
+        kinds(item.name, kinds.POSITIONAL_OR_KEYWORD, default=item.default, annotation=item.type)
+        for item in dataclasses.fields(recipe_class)
+    ]
+    options = [kinds(name, kinds.KEYWORD_ONLY, default=None) for name in _BUILD_KEYS]
+    return inspect.Signature([kinds("params", kinds.POSITIONAL_OR_KEYWORD, annotation=Params), *fields, *options])

@@ -1,0 +1,42 @@
+"""The command line: thin commands over the library, one clear line for every mistake, exact exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+
+import typer
+
+from guided_descent.bench.pool import Stopped
+from guided_descent.cli import look, work
+from guided_descent.cli.common import app
+from guided_descent.cli.errors import OK, explain_error, say, terminate_as_exception
+
+__all__ = ["app", "look", "run", "work"]
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code; errors become one line on stderr.
+
+    Set ``GUIDED_DESCENT_TRACEBACK=1`` to see the traceback as well.
+    """
+    try:
+        with terminate_as_exception():
+            code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        return code if isinstance(code, int) else OK
+    except Stopped as stop:
+        return say(
+            f"stopped by {signal.Signals(stop.signal).name}; run the same command to continue", 128 + stop.signal
+        )
+    except (KeyboardInterrupt, typer.Abort):
+        return say("stopped by SIGINT; run the same command to continue", 130)
+    except BrokenPipeError:  # the reader of our output left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except Exception as error:
+        if os.environ.get("GUIDED_DESCENT_TRACEBACK"):
+            traceback.print_exc()
+        return say(*explain_error(error))

@@ -1,0 +1,135 @@
+"""What all commands share: the application, option types, reading optimizers, checking a task, showing progress."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from guided_descent.cli.errors import EXIT_CODES, CommandError
+
+if TYPE_CHECKING:
+    from guided_descent.bench.pool import Display
+    from guided_descent.bench.problem import Problem
+    from guided_descent.bench.store import OptimizerSpec, Run
+    from guided_descent.catalogue import Description
+
+DEFAULT_PROBLEM, DEFAULT_STEPS = "lm-source", 300
+DEFAULT_OPTIMIZERS = ("adamw", "nadamw", "muon", "soap")
+
+app = typer.Typer(
+    name="guided-descent",
+    help="Choose, run and compare optimizers for PyTorch.\n\n"
+    "Start with [bold]guided-descent compare[/bold]: in a few minutes it trains four optimizers on real text and writes "
+    "a report page. Every command has --help with examples, and --json.",
+    epilog=EXIT_CODES.strip(),
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
+Optimizers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--optimizer",
+        "-o",
+        metavar="NAME[:KEY=VALUE,...]",
+        help="An optimizer, with hyperparameters if wanted: -o muon:lr=0.02,momentum=0.95. Repeat for more.",
+    ),
+]
+Steps = Annotated[
+    int | None, typer.Option(min=1, help="Optimizer steps per run.", show_default="the task's own number")
+]
+Workers = Annotated[int, typer.Option(min=0, help="Worker processes of one thread each; 0: this process.")]
+Out = Annotated[Path, typer.Option(help="Folder for runs and results; made if missing.", file_okay=False)]
+EvalEvery = Annotated[int | None, typer.Option(min=1, help="Steps between evaluations.", show_default="the task's own")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"guided-descent {version('guided-descent')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Common options."""
+
+
+def print_json(document: Any) -> None:
+    """Print a document on stdout; numbers that are not finite are null."""
+    from guided_descent.bench.files import to_json
+
+    print(json.dumps(to_json(document), indent=1))
+
+
+def read_specs(texts: Sequence[str] | None, default: Sequence[str] = ()) -> list[OptimizerSpec]:
+    """Read optimizers and refuse unknown names, with the nearest known one."""
+    import guided_descent
+    from guided_descent.bench.specs import parse_optimizer
+
+    specs = [parse_optimizer(text) for text in texts or default]
+    for spec in specs:
+        check_known(spec.name, guided_descent.list_optimizers())
+    return specs
+
+
+def check_known(name: str, names: Sequence[str]) -> None:
+    """Refuse an unknown optimizer and name the nearest known one."""
+    if name not in names:
+        near = difflib.get_close_matches(name.lower().replace("-", "_"), names, 1, 0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise CommandError(f"unknown optimizer {name!r}; {hint}guided-descent list shows all {len(names)}")
+
+
+def check_task(problem: str, specs: Sequence[OptimizerSpec], seed: int = 0) -> Problem:
+    """Load the task and build every optimizer on it once, so that mistakes show before anything runs."""
+    from guided_descent.bench.problem import load_problem
+    from guided_descent.bench.runner import build_optimizer
+
+    task = load_problem(problem, seed)
+    for spec in specs:
+        try:
+            build_optimizer(copy.deepcopy(task.model), spec)
+        except (TypeError, ValueError, KeyError) as error:
+            text = error.args[0] if isinstance(error, KeyError) and error.args else error
+            raise CommandError(f"optimizer {spec.name!r}: {text}") from error
+    return task
+
+
+def default(description: Description, name: str) -> Any:
+    """The documented default of a hyperparameter, or an en dash where the optimizer has none of this name."""
+    return next((item["default"] for item in description.hyperparameters if item["name"] == name), "–")
+
+
+def display(title: str = "runs") -> Display:
+    """Progress on stderr."""
+    from guided_descent.bench.pool import Display
+
+    return Display(Console(stderr=True), title, outcome)
+
+
+def outcome(run: Run) -> str:
+    """How a run ended, in a few words."""
+    if run.result is None or run.result.final is None:
+        return f"{run.status} after {run.result.steps if run.result else 0} steps"
+    return f"{run.config.metric} {run.result.final:.4f} {run.config.unit}".rstrip()
+
+
+def this_command() -> str:
+    """This command as one would type it."""
+    return shlex.join(["guided-descent", *sys.argv[1:]])

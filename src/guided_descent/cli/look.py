@@ -1,0 +1,74 @@
+"""Commands that look: list, describe, explain."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import guided_descent
+from guided_descent.cli.common import (
+    DEFAULT_PROBLEM,
+    Json,
+    app,
+    check_known,
+    check_task,
+    default,
+    print_json,
+    read_specs,
+)
+
+
+@app.command("list", epilog="Example: guided-descent list --family spectral")
+def list_command(
+    family: Annotated[str | None, typer.Option(help="Only this family.", show_default="all")] = None,
+    as_json: Json = False,
+) -> None:
+    """List every optimizer: its key, family, paper and one line about it."""
+    descriptions = [guided_descent.describe(name) for name in guided_descent.list_optimizers(family=family)]
+    if as_json:
+        print_json({"optimizers": [description.to_dict() for description in descriptions]})
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("optimizer", "family", "lr", "source", "what it does"):
+        table.add_column(title, overflow="fold")
+    for description in descriptions:
+        summary = description.formula.partition("\n")[0]
+        table.add_row(
+            description.key, description.family, str(default(description, "lr")), description.paper, Text(summary)
+        )
+    Console().print(table)
+
+
+@app.command(epilog="Example: guided-descent describe muon")
+def describe(
+    name: Annotated[str, typer.Argument(help="A key from guided-descent list.")], as_json: Json = False
+) -> None:
+    """Show one optimizer: formula, hyperparameters with defaults and ranges, source."""
+    check_known(name, guided_descent.list_optimizers())
+    description = guided_descent.describe(name)
+    if as_json:
+        print_json(description.to_dict())
+    else:
+        print(description)
+
+
+@app.command(
+    epilog="Examples:\n\nguided-descent explain muon\n\nguided-descent explain soap:lr=3e-3 --problem mypkg.task:make"
+)
+def explain(
+    optimizer: Annotated[str, typer.Argument(metavar="NAME[:KEY=VALUE,...]", help="For example muon:lr=0.02.")],
+    problem: Annotated[str, typer.Option(help="A workload or package.module:function.")] = DEFAULT_PROBLEM,
+    as_json: Json = False,
+) -> None:
+    """Show which parameter of a model goes to which method, why, and what that costs in memory and arithmetic."""
+    (spec,) = read_specs([optimizer])
+    task = check_task(problem, [spec])
+    explanation = guided_descent.explain(guided_descent.optimizer(spec.name, task.model, **spec.hyper))
+    if as_json:
+        print_json(explanation.to_dict())
+    else:
+        print(explanation)

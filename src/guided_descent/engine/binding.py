@@ -1,0 +1,233 @@
+"""Binding: from groups, recipes and blocks to a plan of buckets with their state, remade when the tensors change.
+
+State is matched by the name of its parameter: a model moved to another device, parameters replaced one for one, and
+parameters unfrozen late all keep what they have.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from guided_descent import kernels
+from guided_descent.engine import rounding
+from guided_descent.engine.buckets import Bucket, Parameter, Slice, capacity, factor_stack
+from guided_descent.engine.state import param_slot, real, slot_key, work_dtype
+from guided_descent.parts.base import Part, Parts
+from guided_descent.recipes.base import Recipe
+from guided_descent.routing.roles import Block
+
+Group = dict[str, Any]
+
+
+@dataclass(eq=False)
+class Plan:
+    """What ``bind`` makes: parameters, buckets, counters."""
+
+    parameters: list[Parameter]
+    groups: list[list[Tensor]]  # the tensors of each group, as bound
+    pointers: list[int]
+    buckets: list[Bucket]
+    steps: Tensor  # float32 [parameters], the storage of every state["step"]
+    counts: list[int]  # the same on the host
+    cuts: dict[tuple[Bucket, tuple[int, ...]], list[Slice]] = field(default_factory=dict)
+    phases: dict[int, dict[str, int]] = field(default_factory=dict)  # by period
+
+
+class Binder:
+    """Makes plans, and knows whether the last one still holds.
+
+    Args:
+        groups: The optimizer's ``param_groups``.
+        state: The optimizer's ``state``.
+        recipes: The recipe of each group.
+        blocks: The blocks of each parameter, by canonical name.
+        add: Parts added to every recipe.
+        workspace_mb: Bound of the scratch memory; a single larger matrix may exceed it.
+    """
+
+    def __init__(
+        self,
+        groups: list[Group],
+        state: dict[Tensor, dict[str, Any]],
+        recipes: list[Recipe],
+        blocks: dict[str, tuple[Block, ...]],
+        add: tuple[Part, ...],
+        workspace_mb: float,
+    ) -> None:
+        self.groups = groups
+        self.state = state
+        self.recipes = recipes
+        self.blocks = blocks
+        self.add = add
+        self.workspace_mb = workspace_mb
+        self.plan: Plan | None = None
+        self._parts: dict[tuple[int, Block], Parts] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what ``bind`` makes again."""
+        return self.__dict__ | {"plan": None, "_parts": {}}
+
+    def bind(self) -> Plan:
+        """The plan for the tensors that the groups hold now, remade where they are not the ones bound before."""
+        plan = self.plan
+        if plan is None or not self._is_current(plan):
+            plan = self.plan = self._make_plan(plan)
+        return plan
+
+    def parts(self, group: int, block: Block) -> Parts:
+        """The parts that update a block of a group."""
+        key = (group, block)
+        if key not in self._parts:
+            self._parts[key] = self.recipes[group].parts(block) + self.add
+        return self._parts[key]
+
+    def forget(self) -> None:
+        """Bind anew at the next use; state is kept."""
+        self.plan = None
+
+    def _is_current(self, plan: Plan) -> bool:
+        if len(plan.groups) != len(self.groups):
+            return False
+        tensors: list[Tensor] = []
+        for group, bound in zip(self.groups, plan.groups):
+            now = group["params"]
+            if len(now) != len(bound) or not all(map(operator.is_, now, bound)):
+                return False
+            tensors += now
+        return list(map(Tensor.data_ptr, tensors)) == plan.pointers
+
+    def _make_plan(self, old: Plan | None) -> Plan:
+        parameters: list[Parameter] = []
+        for index, group in enumerate(self.groups):
+            names = group["param_names"]
+            if len(names) != len(group["params"]):
+                raise ValueError(
+                    f"param group {index} holds {len(group['params'])} tensors but {len(names)} param_names: replace "
+                    "tensors one for one, or use add_param_group"
+                )
+            for name, tensor in zip(names, group["params"]):
+                self._follow(old, name, index, tensor)
+                parameters.append(Parameter(len(parameters), name, index, tensor, self.blocks[name]))
+        plan = Plan(
+            parameters,
+            [list(group["params"]) for group in self.groups],
+            [p.tensor.data_ptr() for p in parameters],
+            [],
+            torch.zeros(len(parameters)),
+            [0] * len(parameters),
+        )
+        live = [p for p in parameters if self._holds_state(p)]
+        for p in live:
+            count = self.state[p.tensor].get("step", 0)
+            plan.counts[p.index] = int(count)
+            plan.steps[p.index] = plan.counts[p.index]
+            self.state[p.tensor]["step"] = plan.steps[p.index]
+        plan.buckets = self._make_buckets(live)
+        return plan
+
+    def _follow(self, old: Plan | None, name: str, group: int, tensor: Tensor) -> None:
+        """Let state follow a parameter that was replaced by another tensor of the same name."""
+        if old is None or tensor in self.state:
+            return
+        for p in old.parameters:
+            if p.name == name and p.group == group and p.tensor in self.state:
+                state = self.state.pop(p.tensor)
+                if p.tensor.shape != tensor.shape:
+                    if int(state.get("step", 0)):
+                        raise ValueError(
+                            f"parameter {name!r} was replaced by one of shape {tuple(tensor.shape)} after its state of "
+                            f"shape {tuple(p.tensor.shape)} had been used: build a new optimizer for the new model"
+                        )
+                    state = {}
+                self.state[tensor] = state
+                return
+
+    def _holds_state(self, p: Parameter) -> bool:
+        t = p.tensor
+        if t.is_meta or not (t.requires_grad or t.grad is not None or t in self.state):
+            return False
+        if type(t).__name__ == "DTensor":
+            raise TypeError(
+                f"parameter {p.name!r} is a DTensor: sharded parameters are not supported yet; build the optimizer on "
+                "plain tensors (DistributedDataParallel works)"
+            )
+        if not (t.is_floating_point() or t.is_complex()):
+            raise TypeError(
+                f"parameter {p.name!r} has dtype {t.dtype}; only floating and complex dtypes can be trained"
+            )
+        self.state.setdefault(t, {})
+        return True
+
+    def _make_buckets(self, live: Sequence[Parameter]) -> list[Bucket]:
+        buckets: dict[tuple[Any, ...], Bucket] = {}
+        places: dict[str, tuple[Bucket, int]] = {}
+        for p in live:
+            group = self.groups[p.group]
+            for block in p.blocks:
+                if block.key in places:
+                    continue
+                parts = self.parts(p.group, block)
+                mode = group["rounding"]
+                slots = parts.slots(block) | rounding.rounding_slots(mode, p.tensor.dtype)
+                scales = (block.lr_scale, block.wd_scale, block.eps_scale)
+                shape = block.shape if parts.unit == "matrix" else ()
+                factors = tuple((n, slot.shape) for n, slot in slots.items() if slot.layout == "factor")
+                key = (p.group, parts, p.tensor.dtype, p.tensor.device, scales, shape, factors)
+                if key not in buckets:
+                    loop = group["foreach"] is False
+                    buckets[key] = Bucket(p.group, parts, p.tensor.dtype, p.tensor.device, slots, loop)
+                bucket = buckets[key]
+                bucket.blocks.append(block)
+                bucket.owners.append([p])
+                places[block.key] = (bucket, len(bucket.blocks) - 1)
+        for bucket in buckets.values():
+            self._allocate(bucket)
+            if bucket.stacked:
+                limit = int(self.workspace_mb * 2**20)
+                bucket.capacity = capacity(bucket.blocks, bucket.parts, limit, bucket.dtype)
+            bucket.offer(self._kernel(bucket))
+            bucket.slices = bucket.cut(range(len(bucket.blocks)))
+        return list(buckets.values())
+
+    def _allocate(self, bucket: Bucket) -> None:
+        group = self.groups[bucket.group]
+        for name, slot in bucket.slots.items():
+            if slot.layout == "param":
+                rows = bucket.tensors[name] = []
+                for _, block, owners in bucket.members():
+                    views = []
+                    for p, piece in zip(owners, block.pieces):
+                        state = self.state[p.tensor]
+                        fresh = name not in state
+                        whole = param_slot(state, name, p.tensor, slot, bool(int(state["step"])))
+                        if fresh and name == "master":
+                            whole.copy_(p.tensor)
+                        views.append(piece.of(real(whole)))
+                    rows.append(views)
+            elif slot.layout == "factor":
+                stack = factor_stack(slot, len(bucket.blocks), bucket.device, work_dtype(bucket.dtype))
+                for i, block, owners in bucket.members():
+                    state, key = self.state[owners[0].tensor], slot_key(block, name, owners[0].lone)
+                    if isinstance(state.get(key), Tensor):
+                        stack[i].copy_(state[key])
+                    state[key] = stack[i]
+                bucket.stacks[name] = stack
+            else:
+                extra = group["extra"]
+                if name not in extra:
+                    dtype = slot.dtype or work_dtype(bucket.dtype)
+                    extra[name] = torch.full(slot.shape, slot.fill, dtype=dtype, device=bucket.device)
+                bucket.shared[name] = extra[name]
+
+    def _kernel(self, bucket: Bucket) -> kernels.Kernel | None:
+        """The kernel that equals a bucket's parts, unless the group asks for the plain loop."""
+        group = self.groups[bucket.group]
+        if group["fused"] is False or group["foreach"] is False:
+            return None
+        return kernels.find(bucket.parts, bucket.device, bucket.dtype, bucket.scales)

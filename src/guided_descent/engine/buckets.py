@@ -1,0 +1,220 @@
+"""Buckets: blocks that one update can serve together, and the slices in which they are run.
+
+A bucket gathers the blocks of a group that share parts, dtype and device, and for matrix methods the shape. It owns
+their factor state as stacks. It runs in slices: as many same-shape matrices as the workspace allows, or a chunk of
+tensors large enough to hide the cost of a call and small enough to stay in cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from guided_descent.engine.state import HALF, real, work_dtype
+from guided_descent.kernels import Kernel, Scales
+from guided_descent.linalg.workspace import Workspace
+from guided_descent.parts.base import Parts, Slot, State
+from guided_descent.parts.rows import Rows
+from guided_descent.routing.roles import Block, Piece
+
+#: Elements of a chunk: 1 MiB in float32, so that the tensors of one update stay in cache between its operations.
+CHUNK = 262_144
+
+
+@dataclass(eq=False)
+class Parameter:
+    """A parameter as the engine sees it."""
+
+    index: int
+    name: str
+    group: int
+    tensor: Tensor
+    blocks: tuple[Block, ...]
+
+    @property
+    def lone(self) -> bool:
+        """Whether it is one block."""
+        return len(self.blocks) == 1
+
+
+@dataclass(eq=False)
+class Bucket:
+    """Blocks with the same parts, group, dtype and device, and their state."""
+
+    group: int
+    parts: Parts
+    dtype: torch.dtype
+    device: torch.device
+    slots: dict[str, Slot]
+    loop: bool
+    blocks: list[Block] = field(default_factory=list)
+    owners: list[list[Parameter]] = field(default_factory=list)  # for each block, the parameters of its pieces
+    tensors: dict[str, list[list[Tensor]]] = field(default_factory=dict)  # param slots: block -> piece views
+    stacks: dict[str, Tensor] = field(default_factory=dict)  # factor slots
+    shared: State = field(default_factory=dict)  # group slots
+    capacity: int = 1
+    slices: list[Slice] = field(default_factory=list)
+    kernel: Kernel | None = None
+
+    @property
+    def stacked(self) -> bool:
+        """Whether its blocks are stacked: matrix methods only."""
+        return self.parts.unit == "matrix"
+
+    @property
+    def scales(self) -> Scales:
+        """The multipliers that its blocks share."""
+        return Scales(self.blocks[0].lr_scale, self.blocks[0].wd_scale, self.blocks[0].eps_scale)
+
+    def members(self) -> Iterator[tuple[int, Block, list[Parameter]]]:
+        """Position, block and owning parameters."""
+        return zip(range(len(self.blocks)), self.blocks, self.owners)
+
+    def cut(self, chosen: Sequence[int]) -> list[Slice]:
+        """Slices that cover these blocks: equal stacks, one list for a kernel, or chunks of ``CHUNK`` elements."""
+        if self.kernel is not None:
+            return [Slice(self, list(chosen))]
+        if self.stacked:
+            runs = [chosen[i : i + self.capacity] for i in range(0, len(chosen), self.capacity)]
+            return [Slice(self, list(run)) for run in runs]
+        slices: list[Slice] = []
+        gathered: list[int] = []
+        elements = 0
+        for i in chosen:
+            numel = sum(piece.of(real(p.tensor)).numel() for p, piece in zip(self.owners[i], self.blocks[i].pieces))
+            if self.parts.unit == "element" and numel > 2 * CHUNK and self._flat(i):
+                slices += [Slice(self, [i], (a, min(a + CHUNK, numel))) for a in range(0, numel, CHUNK)]
+                continue
+            gathered.append(i)
+            elements += numel
+            if elements >= CHUNK:
+                slices.append(Slice(self, gathered))
+                gathered, elements = [], 0
+        if gathered:
+            slices.append(Slice(self, gathered))
+        return slices
+
+    def offer(self, kernel: Kernel | None) -> None:
+        """Take a kernel if every block is a whole dense parameter, as kernels walk through memory."""
+        if kernel is not None and all(self._flat(i) for i in range(len(self.blocks))):
+            self.kernel = kernel
+
+    def _flat(self, i: int) -> bool:
+        whole = len(self.blocks[i].pieces) == 1 and not self.blocks[i].pieces[0].index
+        views = [real(self.owners[i][0].tensor), *(tensors[i][0] for tensors in self.tensors.values())]
+        return whole and all(view.is_contiguous() for view in views)
+
+
+class Slice:
+    """The unit of execution: rows of a bucket with their views of parameters and state, made once, used each step."""
+
+    def __init__(self, bucket: Bucket, chosen: list[int], span: tuple[int, int] | None = None) -> None:
+        self.bucket = bucket
+        self.chosen = chosen
+        self.span = span
+        self.blocks = tuple(bucket.blocks[i] for i in chosen)
+        self.pieces: list[tuple[Parameter, Piece, int]] = [
+            (owner, piece, row)
+            for row, i in enumerate(chosen)
+            for owner, piece in zip(bucket.owners[i], bucket.blocks[i].pieces)
+        ]
+        self.whole = all(not piece.index for _, piece, _ in self.pieces)
+        self.p = self._rows([self._view(real(owner.tensor), piece) for owner, piece, _ in self.pieces])
+        self.half = bucket.dtype in HALF
+        self.work = work_dtype(bucket.dtype)
+        self.state: State = dict(bucket.shared)
+        for name, tensors in bucket.tensors.items():
+            self.state[name] = self._rows([self._cut(view) for i in chosen for view in tensors[i]])
+        lo, hi = chosen[0], chosen[-1] + 1
+        self._scattered = chosen != list(range(lo, hi))
+        for name, stack in bucket.stacks.items():
+            self.state[name] = stack[chosen] if self._scattered else stack[lo:hi]
+        self._cache: dict[str, tuple[int, Rows]] = {}
+
+    def gradients(self, gradients: Sequence[Tensor | None]) -> Rows:
+        """The rows of the gradients, by parameter index; views wherever the layout allows."""
+        rows = []
+        for owner, piece, _ in self.pieces:
+            g = gradients[owner.index]
+            assert g is not None
+            g = real(g)
+            rows.append(g if self.whole and self.span is None else self._view(g, piece))
+        return self._rows(rows)
+
+    def aligned(self, gradients: Rows) -> bool:
+        """Whether the gradients lie in memory as the parameters do."""
+        return all(map(Tensor.is_contiguous, gradients.list))
+
+    def gather(self) -> None:
+        """Read factor state that is not contiguous in its stack."""
+        if self._scattered:
+            for name, stack in self.bucket.stacks.items():
+                torch.index_select(stack, 0, self._index(stack), out=self.state[name])
+
+    def scatter(self) -> None:
+        """Write it back."""
+        if self._scattered:
+            for name, stack in self.bucket.stacks.items():
+                stack.index_copy_(0, self._index(stack), self.state[name])
+
+    def scratch(self, tag: str, work: Workspace) -> Rows:
+        """Scratch of the direction's shape: one stack ``[B, *shape]``, or tensors shaped like the rows."""
+        shape = (
+            (len(self.blocks), *self.blocks[0].shape) if self.bucket.stacked else (sum(map(Tensor.numel, self.p.list)),)
+        )
+        flat = work.take(tag, shape, self.work, self.bucket.device)
+        cached = self._cache.get(tag)
+        if cached is not None and cached[0] == flat.data_ptr() and flat.numel():
+            return cached[1]
+        if self.bucket.stacked:
+            rows = Rows([self._within(flat[row], piece, row) for _, piece, row in self.pieces], flat, self.bucket.loop)
+        else:
+            views = torch.split(flat, [row.numel() for row in self.p.list])
+            rows = self._rows([view.view(row.shape) for view, row in zip(views, self.p.list)])
+        self._cache[tag] = (flat.data_ptr(), rows)
+        return rows
+
+    def fresh(self, work: Workspace) -> Rows:
+        """Scratch of the direction's shape that nobody remembers, for graphs."""
+        if not self.bucket.stacked:
+            return Rows([torch.empty(row.shape, dtype=self.work, device=row.device) for row in self.p.list], loop=True)
+        shape = (len(self.blocks), *self.blocks[0].shape)
+        flat = work.take("direction", shape, self.work, self.bucket.device)
+        return Rows([self._within(flat[row], piece, row) for _, piece, row in self.pieces], flat, loop=True)
+
+    def _within(self, matrix: Tensor, piece: Piece, row: int) -> Tensor:
+        block = self.blocks[row]
+        if len(block.pieces) == 1:
+            return piece.within(matrix)
+        widths = [p.shape[-1] if len(p.shape) > 1 else 1 for p in block.pieces]
+        k = block.pieces.index(piece)
+        columns = matrix.narrow(-1, sum(widths[:k]), widths[k])
+        return columns if len(piece.shape) > 1 else columns.squeeze(-1)
+
+    def _view(self, tensor: Tensor, piece: Piece) -> Tensor:
+        return self._cut(piece.of(tensor))
+
+    def _cut(self, tensor: Tensor) -> Tensor:
+        return tensor if self.span is None else tensor.reshape(-1)[self.span[0] : self.span[1]]
+
+    def _rows(self, tensors: list[Tensor]) -> Rows:
+        return Rows(tensors, loop=self.bucket.loop)
+
+    def _index(self, stack: Tensor) -> Tensor:
+        return torch.tensor(self.chosen, device=stack.device)
+
+
+def capacity(blocks: Sequence[Block], parts: Parts, limit: int, dtype: torch.dtype) -> int:
+    """How many blocks of one shape may be stacked so that all scratch fits ``limit`` bytes; at least one."""
+    block = blocks[0]
+    size = torch.empty((), dtype=work_dtype(dtype)).element_size()
+    each = size * block.numel * (2 if dtype in HALF else 1) + max((part.scratch(block) for part in parts), default=0)
+    return max(1, limit // max(each, 1))
+
+
+def factor_stack(slot: Slot, count: int, device: torch.device, work: torch.dtype) -> Tensor:
+    """A fresh stack ``[count, *shape]`` of a factor slot."""
+    return torch.full((count, *slot.shape), slot.fill, dtype=slot.dtype or work, device=device)

@@ -1,0 +1,104 @@
+"""Compiled mode: the parts of a slice as one graph, with every number that may change as a tensor.
+
+Learning rate, decay, betas and step enter as 0-d tensors, so that a schedule needs no new graph. The first update of a
+slice and its refreshes stay eager: they happen rarely and call solvers.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from guided_descent.engine.buckets import Slice
+from guided_descent.linalg.workspace import Workspace
+from guided_descent.parts.base import WRITERS, Batch, Part
+from guided_descent.parts.rows import Rows
+
+
+class _Fresh(Workspace):
+    """Inside a graph the compiler plans memory itself."""
+
+    def take(self, tag: str, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+
+class Compiled:
+    """Compiles the parts of each slice once and runs them.
+
+    Args:
+        backend: Backend of ``torch.compile``.
+    """
+
+    def __init__(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        self.backend = backend
+        self._graphs: dict[Slice, Callable[..., dict[str, Any]]] = {}
+        self._tensors: dict[tuple[str, int, torch.device], Tensor] = {}
+
+    def run(
+        self, piece: Slice, parts: tuple[Part, ...], g: Rows, w: Rows, h: Mapping[str, Any], step: int
+    ) -> dict[str, Any]:
+        """Run the parts on a slice; returns the events that they counted."""
+        if piece not in self._graphs:
+            self._graphs[piece] = self._compile(piece)
+        numbers = {
+            key: self._tensor(key, value, piece.bucket.device) for key, value in h.items() if key in _keys(parts)
+        }
+        state = {name: value.list if isinstance(value, Rows) else value for name, value in piece.state.items()}
+        return self._graphs[piece](
+            parts, g.list, w.list, state, numbers, self._number("step", 0, step, w.list[0].device)
+        )
+
+    def _compile(self, piece: Slice) -> Callable[..., dict[str, Any]]:
+        def run(
+            parts: tuple[Part, ...],
+            g: list[Tensor],
+            w: list[Tensor],
+            state: dict[str, Any],
+            h: dict[str, Any],
+        ) -> dict[str, Any]:
+            rows = {name: Rows(value, loop=True) if isinstance(value, list) else value for name, value in state.items()}
+            written = Rows(w, loop=True)
+            work = _Fresh()
+            x = Batch(
+                g=Rows(g, loop=True),
+                p=lambda: written,
+                blocks=piece.blocks,
+                scratch=lambda tag: piece.fresh(work),
+                step=h["step"],
+                first=False,
+                work=work,
+            )
+            for part in parts:
+                if part.where in WRITERS:
+                    x.w = written
+                part.update(x, rows, h, {})
+            return x.ticks
+
+        # Dynamo counts recompilations by code object: each slice gets one of its own.
+        code = run.__code__.replace(co_name=f"run_{len(self._graphs)}")
+        own = types.FunctionType(code, run.__globals__, code.co_name, run.__defaults__, run.__closure__)
+        compiled: Callable[..., dict[str, Any]] = torch.compile(own, backend=self.backend, dynamic=False)
+        return compiled
+
+    def _tensor(self, key: str, value: Any, device: torch.device) -> Any:
+        if isinstance(value, tuple | list) and all(isinstance(v, float | int | Tensor) for v in value):
+            return tuple(self._number(key, i, v, device) for i, v in enumerate(value))
+        if isinstance(value, float | Tensor):
+            return self._number(key, 0, value, device)
+        return value
+
+    def _number(self, key: str, i: int, value: float | Tensor, device: torch.device) -> Tensor:
+        place = (key, i, device)
+        if place not in self._tensors:
+            self._tensors[place] = torch.zeros((), dtype=torch.float64 if device.type == "cpu" else torch.float32).to(
+                device
+            )
+        return self._tensors[place].fill_(value) if not isinstance(value, Tensor) else self._tensors[place].copy_(value)
+
+
+def _keys(parts: tuple[Part, ...]) -> set[str]:
+    return {key for part in parts for key in part.keys} | {"peak_lr", "initial_lr"}

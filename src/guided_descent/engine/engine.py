@@ -1,0 +1,446 @@
+"""The engine: binds parameters to buckets and runs their parts in one order. The only code that mutates parameters.
+
+It knows names, groups and tensors, and nothing of what a part computes. One step is: bind, check the gradients, take
+extra gradients where a part needs them, run every bucket stage by stage (a stage ends where a part asks for a global
+sum), refresh what is due, apply constraints, count.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from guided_descent.engine import rounding
+from guided_descent.engine.binding import Binder, Plan
+from guided_descent.engine.buckets import Bucket, Slice
+from guided_descent.engine.compiled import Compiled
+from guided_descent.engine.policies import PATIENCE, NonFiniteError, all_finite, culprits
+from guided_descent.engine.refresh import due, phases
+from guided_descent.engine.state import HALF
+from guided_descent.linalg.workspace import Workspace
+from guided_descent.parts.base import WRITERS, Batch, Part
+from guided_descent.parts.rows import Rows
+
+Totals = dict[Part, dict[str, Tensor]]
+
+
+@dataclass(eq=False)
+class Work:
+    """A slice on its way through the stages of one step."""
+
+    slice: Slice
+    bucket: Bucket
+    step: int
+    gradients: Rows
+    parts: tuple[Part, ...]
+    batch: Batch | None = None
+    position: int = 0
+
+    @property
+    def left(self) -> tuple[Part, ...]:
+        """Parts still to run."""
+        return self.parts[self.position :]
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to run."""
+        return self.position == len(self.parts) or (self.batch is not None and self.batch.held)
+
+
+class Engine:
+    """Everything an optimizer holds beside ``param_groups`` and ``state``; made once and never replaced.
+
+    Args:
+        binder: Makes the plan.
+        seed: Seed of every random draw.
+    """
+
+    def __init__(self, binder: Binder, seed: int) -> None:
+        self.binder = binder
+        self.groups = binder.groups
+        self.state = binder.state
+        self.recipes = binder.recipes
+        self.seed = seed
+        self.work = Workspace()
+        self.audit: dict[str, Counter[str]] = {}
+        self.skipped_in_row = 0
+        self.compiled: Compiled | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but scratch and graphs."""
+        return self.__dict__ | {"work": Workspace(), "compiled": self.compiled and Compiled(self.compiled.backend)}
+
+    def bind(self) -> Plan:
+        """The plan for the tensors that the groups hold now."""
+        return self.binder.bind()
+
+    def forget(self) -> None:
+        """Bind anew at the next use; state is kept."""
+        self.binder.plan = None
+
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None) -> Any:
+        """One update; the value of the closure, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        plan = self.bind()
+        self._check_groups()
+        gradients = self._gradients(plan)
+        plan = self.bind()
+        active = [i for i, g in enumerate(gradients) if g is not None]
+        if not active or not self._finite(plan, gradients, active):
+            return loss
+        probes = self._evaluations(plan)
+        if probes > 1:
+            gradients = self._probe(plan, gradients, closure, probes)
+            active = [i for i, g in enumerate(gradients) if g is not None]
+            if not active or not self._finite(plan, gradients, active):
+                return loss
+        work = self._schedule(plan, gradients, active)
+        self._run(work)
+        self._constrain(plan, gradients)
+        self._count(plan, active)
+        return loss
+
+    def _gradients(self, plan: Plan) -> list[Tensor | None]:
+        gradients = [p.tensor.grad for p in plan.parameters]
+        for p, g in zip(plan.parameters, gradients):
+            if g is None:
+                continue
+            if g.layout != torch.strided:
+                raise TypeError(
+                    f"the gradient of {p.name!r} has layout {g.layout}; sparse gradients are not supported: build the "
+                    "embedding with sparse=False"
+                )
+            if p.tensor not in self.state:  # frozen until now
+                self.state[p.tensor] = {}
+                self.forget()
+        self.bind()
+        return gradients
+
+    def _finite(self, plan: Plan, gradients: Sequence[Tensor | None], active: Sequence[int]) -> bool:
+        policy = self.groups[0]["nonfinite"]
+        if policy == "ignore":
+            return True
+        present = [g for g in gradients if g is not None]
+        if all_finite(present, self.work):
+            self.skipped_in_row = 0
+            return True
+        names = [plan.parameters[active[i]].name for i in culprits(present)]
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        if policy == "raise":
+            raise NonFiniteError(
+                f"non-finite gradient in {shown} at step {self.groups[0]['steps'] + 1}: nothing was changed; lower the "
+                "learning rate, clip, or use nonfinite='skip'"
+            )
+        self.skipped_in_row += 1
+        for group in self.groups:
+            group["skipped"] += 1
+        if self.skipped_in_row >= PATIENCE:
+            raise NonFiniteError(
+                f"{PATIENCE} steps in a row had non-finite gradients, now in {shown}: training cannot go on; look at "
+                "the loss and the data, lower the learning rate, or load the last checkpoint"
+            )
+        return False
+
+    def _check_groups(self) -> None:
+        """Structure is fixed: a changed static key, or a momentum that was zero, is an error and not ignored."""
+        for group, recipe in zip(self.groups, self.recipes):
+            for name, item in recipe.numbers().items():
+                meta = item.metadata
+                built = getattr(recipe, name)
+                now = group[name]
+                if meta["kind"] == "static" and now != built:
+                    raise ValueError(
+                        f"{name} of {recipe.label} was {built!r} when the optimizer was built and is now {now!r}: it "
+                        "chooses structure; build a new optimizer"
+                    )
+                if meta["kind"] == "hyper" and meta["structural"] and bool(now) != bool(built):
+                    raise ValueError(
+                        f"{name} of {recipe.label} went from {built!r} to {now!r}: a part comes or goes with zero; "
+                        "build a new optimizer"
+                    )
+
+    def _schedule(self, plan: Plan, gradients: Sequence[Tensor | None], active: Sequence[int]) -> list[Work]:
+        """The slices to run: whole buckets where every row is active and at one step, else rows by step."""
+        everyone = len(active) == len(plan.parameters)
+        found = []
+        for bucket in plan.buckets:
+            parts = self._awake(bucket)
+            by_step: dict[int, list[int]] = {}
+            for i, _, owners in bucket.members():
+                if everyone or all(gradients[p.index] is not None for p in owners):
+                    by_step.setdefault(plan.counts[owners[0].index] + 1, []).append(i)
+            for step, rows in by_step.items():
+                slices = bucket.slices
+                if len(rows) != len(bucket.blocks):
+                    slices = self._cut(bucket, rows)
+                found += [Work(piece, bucket, step, piece.gradients(gradients), parts) for piece in slices]
+        return found
+
+    def _cut(self, bucket: Bucket, rows: list[int]) -> list[Slice]:
+        """Slices of some blocks of a bucket, remembered, since the same ones come back."""
+        cuts = self.bind().cuts
+        key = (bucket, tuple(rows))
+        if key not in cuts:
+            if len(cuts) >= 256:
+                cuts.clear()
+            cuts[key] = bucket.cut(rows)
+        return cuts[key]
+
+    def _awake(self, bucket: Bucket) -> tuple[Part, ...]:
+        h = self.groups[bucket.group]
+        return tuple(part for part in bucket.parts if not part.idle(h))
+
+    def _run(self, works: list[Work]) -> None:
+        """Run all slices. Those with global sums go in stages, so that a total is complete before any part sees it."""
+        staged = [w for w in works if any(part.has_sums and part.needs.evaluations == 1 for part in w.parts)]
+        for number, w in enumerate(staged):
+            w.batch = self._batch(w, tag=f".{number}")
+        totals: Totals = {}
+        waiting = staged
+        while waiting:
+            for w in waiting:
+                self._advance(w, totals)
+            ended = [w for w in waiting if w.ended]
+            waiting = [w for w in waiting if not w.ended]
+            for w in ended:
+                self._finish(w)
+            totals |= self._sums(waiting)
+        for w in works:
+            if w.batch is None:
+                self._run_one(w)
+
+    def _run_one(self, w: Work) -> None:
+        h = self.groups[w.bucket.group]
+        if w.bucket.kernel is not None and self.compiled is None and w.slice.aligned(w.gradients):
+            step = torch.tensor(float(w.step), device=w.bucket.device)
+            w.bucket.kernel.run(w.slice.p, w.gradients, w.slice.state, h, step, w.bucket.scales)
+            return
+        w.batch = self._batch(w)
+        if self.compiled is not None and w.step > 1:
+            w.batch.w = self._open(w)
+            w.batch.ticks = self.compiled.run(w.slice, w.parts, w.batch.g, w.batch.w, h, w.step)
+        else:
+            self._advance(w, {})
+        self._finish(w)
+
+    def _sums(self, waiting: Sequence[Work]) -> Totals:
+        """Global sums of the parts that every slice with them has reached."""
+        reached = {w.parts[w.position] for w in waiting}
+        ready = {part for part in reached if all(w.parts[w.position] == part for w in waiting if part in w.left)}
+        if waiting and not ready:
+            raise ValueError(f"global sums in an order that differs between groups: {', '.join(map(repr, reached))}")
+        found: Totals = {}
+        for w in waiting:
+            part = w.parts[w.position]
+            if part in ready and w.batch is not None:
+                self._add(found, part, part.sums(w.batch, w.slice.state, self.groups[w.bucket.group]))
+        for part, total in found.items():
+            for group in {w.bucket.group for w in waiting if w.parts[w.position] == part}:
+                part.combine(total, self.groups[group]["extra"], self.groups[group])
+        return found
+
+    @staticmethod
+    def _add(totals: Totals, part: Part, values: Mapping[str, Tensor]) -> None:
+        into = totals.setdefault(part, {})
+        for name, value in values.items():
+            into[name] = into[name] + value if name in into else value.clone()
+
+    def _batch(self, w: Work, tag: str = "") -> Batch:
+        """The view of a slice that its parts work on."""
+        piece, group, work = w.slice, self.groups[w.bucket.group], self.work
+        piece.gather()
+        g = w.gradients
+        if group["maximize"] or any(row.dtype != piece.work for row in g.list):
+            converted = piece.scratch(f"gradient{tag}", work).copy_(g)
+            g = converted.neg_() if group["maximize"] else converted
+
+        def read() -> Rows:
+            if not piece.half:
+                return piece.p
+            return piece.scratch(f"parameter{tag}", work).copy_(piece.p)
+
+        return Batch(
+            g=g,
+            p=read,
+            blocks=piece.blocks,
+            scratch=lambda name: piece.scratch(f"{name}{tag}", work),
+            step=float(w.step),
+            first=w.step == 1,
+            work=work,
+            seed=self.seed,
+        )
+
+    def _advance(self, w: Work, totals: Totals) -> None:
+        """Run parts up to the next one that still lacks its total."""
+        x, h = w.batch, self.groups[w.bucket.group]
+        assert x is not None
+        while w.position < len(w.parts) and not x.held:
+            part = w.parts[w.position]
+            if part.has_sums and part.needs.evaluations == 1 and part not in totals:
+                return
+            if part.where in WRITERS and x.w is None:
+                x.w = self._open(w)
+            part.update(x, w.slice.state, h, totals.get(part, {}))
+            w.position += 1
+
+    def _finish(self, w: Work) -> None:
+        x = w.batch
+        assert x is not None
+        if x.w is not None and w.slice.half:
+            self._close(w, x.w)
+        w.slice.scatter()
+        self._refresh_due(w, x)
+        self._collect(w, x)
+
+    def _open(self, w: Work) -> Rows:
+        """The parameters to write: themselves, or a float32 working copy of half-precision ones."""
+        if not w.slice.half:
+            return w.slice.p
+        mode = self.groups[w.bucket.group]["rounding"]
+        copy = w.slice.scratch("written", self.work)
+        for row, p, extra in zip(copy.list, w.slice.p.list, self._extras(w, mode)):
+            rounding.load(row, p, extra, mode)
+        return copy
+
+    def _close(self, w: Work, rows: Rows) -> None:
+        mode = self.groups[w.bucket.group]["rounding"]
+        generator = w.batch.generator(f"round{w.slice.span}") if mode == "stochastic" and w.batch else None
+        for p, row, extra in zip(w.slice.p.list, rows.list, self._extras(w, mode)):
+            rounding.store(p, row, extra, mode, generator)
+        if mode == "nearest":
+            _warn_half_once(w.bucket.dtype)
+
+    @staticmethod
+    def _extras(w: Work, mode: str) -> Sequence[Tensor | None]:
+        name = {"compensated": "comp", "master": "master"}.get(mode)
+        return w.slice.state[name].list if name else [None] * len(w.slice.p)
+
+    def _refresh_due(self, w: Work, x: Batch) -> None:
+        """Redo the slow work of the blocks that are due."""
+        h = self.groups[w.bucket.group]
+        for part in w.parts:
+            period = part.period(h)
+            if not period or w.step == 1:
+                continue
+            phase = self._phases(period) if part.refresh_phase(h) else {}
+            rows = [i for i, block in enumerate(w.slice.blocks) if due(w.step, phase.get(block.key, 0), period)]
+            if len(rows) == len(w.slice.blocks):
+                part.refresh(x, w.slice.state, h)
+                w.slice.scatter()
+            elif rows:
+                [piece] = self._cut(w.bucket, [w.slice.chosen[i] for i in rows])
+                some = Work(piece, w.bucket, w.step, piece.p, w.parts)  # a refresh reads no gradient
+                some.batch = self._batch(some)
+                part.refresh(some.batch, piece.state, h)
+                piece.scatter()
+                self._collect(some, some.batch)
+
+    def _collect(self, w: Work, x: Batch) -> None:
+        for counter, each in x.ticks.items():
+            for row, block in enumerate(w.slice.blocks):
+                for name in dict.fromkeys(block.names):
+                    count = each if isinstance(each, int) else each[row]
+                    if count:
+                        self.audit.setdefault(name, Counter())[counter] += count
+        x.ticks = {}
+
+    def _phases(self, period: int) -> dict[str, int]:
+        plan = self.bind()
+        if period not in plan.phases:
+            costs = {
+                block.key: sum(part.refresh_flops(block) for part in bucket.parts)
+                for bucket in plan.buckets
+                for block in bucket.blocks
+                if any(part.period(self.groups[bucket.group]) == period for part in bucket.parts)
+            }
+            plan.phases[period] = phases(costs, period)
+        return plan.phases[period]
+
+    # -- probes, constraints, counters --------------------------------------------------------------------
+
+    def _evaluations(self, plan: Plan) -> int:
+        return max((bucket.parts.evaluations for bucket in plan.buckets), default=1)
+
+    def _probe(
+        self, plan: Plan, gradients: list[Tensor | None], closure: Callable[[], Any] | None, evaluations: int
+    ) -> list[Tensor | None]:
+        """Take the gradient at a displaced point, and come back to the bit."""
+        if closure is None:
+            names = sorted({type(p).__name__ for b in plan.buckets for p in b.parts if p.needs.evaluations > 1})
+            raise ValueError(
+                f"{', '.join(names)} needs {evaluations} gradient evaluations a step: call step(closure) with a "
+                "closure that clears the gradients, computes the loss, calls backward and returns the loss"
+            )
+        for _ in range(evaluations - 1):
+            active = [i for i, g in enumerate(gradients) if g is not None]
+            works = self._schedule(plan, gradients, active)
+            saved = [plan.parameters[i].tensor.detach().clone() for i in active]
+            prepared: list[tuple[Work, Part]] = []
+            totals: Totals = {}
+            for number, w in enumerate(works):
+                for part in w.parts:
+                    if part.needs.evaluations > 1:
+                        w.batch = self._batch(w, tag=f".{number}")
+                        sums = part.sums(w.batch, w.slice.state, self.groups[w.bucket.group])
+                        self._add(totals, part, sums)
+                        prepared.append((w, part))
+            for w, part in prepared:
+                x = w.batch
+                assert x is not None
+                part.probe(x, w.slice.state, self.groups[w.bucket.group], totals[part])
+                w.slice.p.add_(x.u, alpha=x.factor)
+            with torch.enable_grad():
+                closure()
+            for i, value in zip(active, saved):
+                plan.parameters[i].tensor.detach().copy_(value)
+            gradients = self._gradients(plan)
+        return gradients
+
+    def _constrain(self, plan: Plan, gradients: Sequence[Tensor | None]) -> None:
+        named = {p.name: p for p in plan.parameters}
+        for index, recipe in enumerate(self.recipes):
+            blocks = [block for p in plan.parameters if p.group == index for block in p.blocks]
+            for constraint in recipe.constraints(blocks):
+                missing = [name for name in constraint.names if name not in named]
+                if missing:
+                    raise ValueError(f"a constraint of {recipe.label} names {missing[0]!r}, which is no parameter here")
+                members = [named[name] for name in constraint.names]
+                if all(gradients[p.index] is not None for p in members):
+                    constraint.apply([p.tensor.detach() for p in members], self.groups[members[0].group])
+
+    def _count(self, plan: Plan, active: Sequence[int]) -> None:
+        if len(active) == len(plan.counts):
+            plan.steps.add_(1)
+            plan.counts = [count + 1 for count in plan.counts]
+        else:
+            plan.steps[torch.tensor(active)] += 1
+            for i in active:
+                plan.counts[i] += 1
+        for group in self.groups:
+            group["steps"] += 1
+
+
+_warned: set[torch.dtype] = set()
+
+
+def _warn_half_once(dtype: torch.dtype) -> None:
+    if dtype in HALF and dtype not in _warned:
+        _warned.add(dtype)
+        digits = "2^-9" if dtype == torch.bfloat16 else "2^-12"
+        warnings.warn(
+            f"parameters are {str(dtype).removeprefix('torch.')} and updates are rounded to nearest: those below about "
+            f"{digits} of a weight vanish; pass rounding='stochastic', 'compensated' or 'master'",
+            UserWarning,
+            stacklevel=6,
+        )

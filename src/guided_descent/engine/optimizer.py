@@ -1,0 +1,234 @@
+"""The one optimizer class: a ``torch.optim.Optimizer`` whose groups name a recipe each.
+
+It keeps torch's contract (groups, hooks, state dicts, closures) and leaves the work to the engine. Everything that
+changes lives in ``param_groups``, ``state`` and the engine, none of which is ever replaced, so that wrappers which copy
+the instance's dictionary stay in step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from guided_descent.engine.binding import Binder
+from guided_descent.engine.compiled import Compiled
+from guided_descent.engine.engine import Engine
+from guided_descent.engine.persistence import load, pack
+from guided_descent.engine.policies import POLICIES
+from guided_descent.engine.rounding import ROUNDINGS
+from guided_descent.engine.state import state_bytes
+from guided_descent.parts.base import Part
+from guided_descent.recipes.base import Recipe
+from guided_descent.routing.roles import Block
+
+#: Version of the layout of state dicts.
+FORMAT = 1
+#: Keys of a group that belong to the engine: name -> default.
+ENGINE_KEYS: dict[str, Any] = {
+    "nonfinite": "skip",
+    "rounding": "nearest",
+    "maximize": False,
+    "foreach": None,
+    "fused": None,
+}
+
+StateDict: TypeAlias = dict[str, Any]
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Runs the recipes of its groups.
+
+    Not built directly: use a class such as ``guided_descent.AdamW``, or ``guided_descent.build``.
+
+    Args:
+        groups: Typed groups: ``params``, ``param_names``, the recipe's keys and the engine's keys.
+        recipes: The recipe of each group.
+        blocks: The blocks of every parameter, by canonical name.
+        add: Parts added to every recipe.
+        workspace_mb: Bound of the scratch memory in MiB; a single larger matrix may exceed it.
+        seed: Seed of every random draw.
+    """
+
+    _engine: Engine
+
+    def _start(
+        self,
+        groups: list[dict[str, Any]],
+        recipes: list[Recipe],
+        blocks: dict[str, tuple[Block, ...]],
+        add: Iterable[Part] = (),
+        workspace_mb: float = 64.0,
+        seed: int = 0,
+    ) -> None:
+        self._recipes: list[Recipe] = []
+        self._typed = True
+        for group, recipe in zip(groups, recipes):
+            complete(group, recipe, seed)
+        super().__init__(groups, dict(recipes[0].values()) | ENGINE_KEYS)
+        self._recipes.extend(recipes)
+        self._typed = False
+        binder = Binder(self.param_groups, self.state, self._recipes, blocks, tuple(add), workspace_mb)
+        self._engine = Engine(binder, seed)
+        self._engine.bind()
+
+    def _extend(self, group: dict[str, Any], recipe: Recipe) -> None:
+        """Append one typed group."""
+        complete(group, recipe, self._engine.seed)
+        group["steps"], group["skipped"] = self.steps, self.skipped
+        self.add_param_group(group)
+        self._recipes.append(recipe)
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    @_disable_dynamo
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update.
+
+        Args:
+            closure: Computes the loss and its gradients; called once with gradients enabled, or as often as the recipe
+                needs.
+
+        Returns:
+            What the closure returned (first call), or ``None``.
+
+        Raises:
+            NonFiniteError: The policy is ``raise``, or ``skip`` has skipped 25 steps in a row.
+            RuntimeError: The optimizer is in evaluation mode.
+        """
+        if self.param_groups[0]["mode"] != "train":
+            raise RuntimeError("step() in evaluation mode: call optimizer.train() before training goes on")
+        return self._engine.step(closure)
+
+    def train(self) -> None:
+        """Training mode, in which ``step`` works."""
+        for group in self.param_groups:
+            group["mode"] = "train"
+
+    def eval(self) -> None:
+        """Evaluation mode, in which ``step`` raises."""
+        for group in self.param_groups:
+            group["mode"] = "eval"
+
+    def compile(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compile the parts; learning rates and other numbers may change without a new graph.
+
+        Args:
+            backend: Backend of ``torch.compile``.
+        """
+        self._engine.compiled = Compiled(backend)
+        self._engine.forget()
+
+    def materialize_state(self) -> None:
+        """Allocate the state of every parameter that has a device; done at build except for meta parameters."""
+        self._engine.bind()
+
+    # -- what there is to see --------------------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> int:
+        """Accepted steps: those that were not skipped."""
+        return int(self.param_groups[0]["steps"])
+
+    @property
+    def skipped(self) -> int:
+        """Steps skipped because of a non-finite gradient."""
+        return int(self.param_groups[0]["skipped"])
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """The recipe of each group."""
+        return tuple(self._recipes)
+
+    def audit(self) -> dict[str, dict[str, int]]:
+        """Events counted since the optimizer was built, by parameter: orthogonalizations, refreshes, fallbacks."""
+        return {name: dict(counts) for name, counts in self._engine.audit.items()}
+
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state held now, scratch excluded."""
+        self._engine.bind()
+        shared = [v for group in self.param_groups for v in group["extra"].values() if isinstance(v, Tensor)]
+        return sum(map(state_bytes, self.state.values())) + sum(v.numel() * v.element_size() for v in shared)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of scratch held between steps."""
+        return self._engine.work.nbytes
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    @_disable_dynamo
+    def state_dict(self) -> StateDict:
+        """State and groups in torch's layout: tensors, numbers, strings and lists only; loads with ``weights_only``.
+
+        Parameter-shaped tensors are the live ones, as in torch; factors and counters are copies.
+        """
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        self._engine.bind()
+        packed = pack(self.param_groups, self.state)
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, packed)
+            packed = packed if changed is None else changed
+        return packed
+
+    @_disable_dynamo
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a state dict of this optimizer, or of the ``torch.optim`` one that it equals.
+
+        Parameters are matched by name, else by position with one warning. Every tensor keeps the dtype its slot
+        declares. Nothing is changed if anything does not fit.
+
+        Raises:
+            ValueError: Groups, names, shapes, recipe or structure do not fit; the message names the first misfit.
+        """
+        given = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, given)
+            given = given if changed is None else changed
+        load(self._engine, given)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle needs: torch's part, the recipes and the engine without its plan."""
+        return super().__getstate__() | {"_engine": self._engine, "_recipes": self._recipes, "_typed": False}
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__} (steps {self.steps}, skipped {self.skipped})"]
+        for index, (group, recipe) in enumerate(zip(self.param_groups, self._recipes)):
+            numbers = ", ".join(f"{name}={group[name]}" for name in recipe.numbers())
+            lines.append(f"  {index}: {group['recipe']} for {len(group['params'])} parameters ({numbers})")
+        return "\n".join(lines)
+
+
+def complete(group: dict[str, Any], recipe: Recipe, seed: int) -> None:
+    """Fill in and check the keys that every group has.
+
+    Raises:
+        ValueError: A value is none of the valid ones.
+    """
+    group.update(
+        peak_lr=float(group["lr"]),
+        recipe=recipe.label,
+        revision=recipe.revision,
+        format=FORMAT,
+        seed=seed,
+        steps=0,
+        skipped=0,
+        mode="train",
+        extra={},
+    )
+    for name, default in ENGINE_KEYS.items():
+        group.setdefault(name, default)
+    for name, valid in (("nonfinite", POLICIES), ("rounding", ROUNDINGS)):
+        if group[name] not in valid:
+            raise ValueError(f"{name}={group[name]!r} must be one of {', '.join(map(repr, valid))}")
+    for name in ("maximize", "foreach", "fused"):
+        if group[name] not in (True, False, None):
+            raise ValueError(f"{name}={group[name]!r} must be True, False or None")

@@ -1,0 +1,231 @@
+"""State dicts: packed in torch's layout, loaded by name into the tensors that are there.
+
+Loading first works out every copy it will make and raises on the first misfit, then makes them all: a failed load
+leaves the optimizer as it was.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from guided_descent.engine.rounding import rounding_slots
+from guided_descent.recipes.base import Recipe
+from guided_descent.routing.names import canonical_name
+
+if TYPE_CHECKING:
+    from guided_descent.engine.engine import Engine
+
+#: Group keys that describe the optimizer as built; a checkpoint does not overwrite them.
+_BUILT = frozenset({"params", "param_names", "recipe", "revision", "format", "extra", "foreach", "fused"})
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One parameter of a checkpoint."""
+
+    name: str | None
+    group: int
+    state: Mapping[str, Any]
+
+
+def pack(groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]) -> dict[str, Any]:
+    """Groups and state with parameters replaced by their numbers, rows of stacks as tensors of their own."""
+    numbers: dict[int, int] = {}
+    packed_groups = []
+    for group in groups:
+        for p in group["params"]:
+            numbers[id(p)] = len(numbers)
+        packed = {key: value for key, value in group.items() if key != "params"}
+        packed["param_names"] = list(group["param_names"])
+        packed["extra"] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in group["extra"].items()}
+        packed["params"] = [numbers[id(p)] for p in group["params"]]
+        packed_groups.append(packed)
+    packed_state = {
+        numbers[id(p)]: {key: _own(value) for key, value in values.items()}
+        for p, values in state.items()
+        if id(p) in numbers and values
+    }
+    return {"state": dict(sorted(packed_state.items())), "param_groups": packed_groups}
+
+
+def _own(value: Any) -> Any:
+    whole = isinstance(value, Tensor) and value.untyped_storage().nbytes() == value.numel() * value.element_size()
+    return value if whole or not isinstance(value, Tensor) else value.clone()
+
+
+def load(engine: Engine, state_dict: Mapping[str, Any]) -> None:
+    """Copy a packed state dict into an engine's groups and state."""
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise ValueError(f"the state dict has no {key!r}; it holds {', '.join(map(repr, state_dict)) or 'nothing'}")
+    saved_groups: Sequence[Mapping[str, Any]] = state_dict["param_groups"]
+    if len(saved_groups) != len(engine.groups):
+        raise ValueError(
+            f"the state dict has {len(saved_groups)} param groups and this optimizer {len(engine.groups)}: build it "
+            "with the model, rules and recipe of the checkpoint"
+        )
+    plan = engine.bind()
+    saved = _read(state_dict["state"], saved_groups)
+    pairs = _match([(p.name, p.group) for p in plan.parameters], saved)
+    updates = [
+        _group_update(group, recipe, from_, index)
+        for index, (group, recipe, from_) in enumerate(zip(engine.groups, engine.recipes, saved_groups))
+    ]
+    copies: list[tuple[Tensor, Tensor]] = []
+    steps: dict[int, int] = {}
+    for p, entry in zip(plan.parameters, pairs):
+        if not entry.state:
+            if p.tensor in engine.state and int(engine.state[p.tensor].get("step", 0)):
+                raise ValueError(
+                    f"the state dict has no state for {p.name!r}, which has been trained: it is incomplete"
+                )
+            continue
+        if p.tensor not in engine.state:  # frozen here, trained there: it gets state to load into
+            engine.state[p.tensor] = {}
+            engine.forget()
+    plan = engine.bind()
+    for p, entry in zip(plan.parameters, pairs):
+        if not entry.state:
+            continue
+        own = engine.state[p.tensor]
+        steps[p.index] = int(entry.state.get("step", 0))
+        optional = set(rounding_slots(engine.groups[p.group]["rounding"], p.tensor.dtype))
+        for key, value in own.items():
+            if key == "step":
+                continue
+            if key not in entry.state:
+                if key in optional or not steps[p.index]:
+                    continue
+                raise ValueError(
+                    f"the state of {p.name!r} in the state dict lacks {key!r}; it has {', '.join(entry.state)}"
+                )
+            given = torch.as_tensor(entry.state[key])
+            if given.shape != value.shape:
+                raise ValueError(
+                    f"state {key!r} of {p.name!r} has shape {tuple(given.shape)} in the state dict and "
+                    f"{tuple(value.shape)} here: it belongs to another model or another structure of the recipe"
+                )
+            copies.append((value, given))
+        unknown = [key for key in entry.state if key not in own and key not in ("comp", "master")]
+        if unknown:
+            raise ValueError(
+                f"the state of {p.name!r} in the state dict holds {unknown[0]!r}, which "
+                f"{engine.recipes[p.group].label} does not keep (it keeps {', '.join(own)})"
+            )
+    for own_tensor, given in copies:
+        own_tensor.copy_(given)
+    for index, count in steps.items():
+        plan.counts[index] = count
+        plan.steps[index] = count
+    for group, update in zip(engine.groups, updates):
+        shared = update.pop("extra", {})
+        _overwrite(group, update)
+        _overwrite(group["extra"], shared)
+    engine.skipped_in_row = 0
+
+
+def _overwrite(target: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Set values; a tensor that is there keeps its identity, since schedulers and graphs hold it."""
+    for key, value in values.items():
+        if isinstance(target.get(key), Tensor):
+            target[key].copy_(torch.as_tensor(value))
+        else:
+            target[key] = value
+
+
+def _read(state: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]]) -> list[Saved]:
+    saved = []
+    for index, group in enumerate(groups):
+        names = group.get("param_names") or [None] * len(group["params"])
+        for name, number in zip(names, group["params"]):
+            values = dict(state.get(number, state.get(str(number), {})))
+            values = {key: value for key, value in values.items() if value is not None}
+            if (
+                values and "step" not in values
+            ):  # torch.optim.SGD and Muon count nothing: used, but how often is unknown
+                values["step"] = 1
+            saved.append(Saved(canonical_name(name) if name is not None else None, index, values))
+    return saved
+
+
+def _match(own: Sequence[tuple[str, int]], saved: Sequence[Saved]) -> list[Saved]:
+    """The saved entry of each parameter: by name, else by position in its group with one warning."""
+    by_name = {entry.name: entry for entry in saved if entry.name is not None}
+    generic = all(name.startswith("param.") for name, _ in own)
+    if len(by_name) == len(saved) and not generic:
+        missing = [name for name, _ in own if name not in by_name]
+        extra = sorted(set(by_name) - {name for name, _ in own})
+        if missing or extra:
+            raise ValueError(
+                f"the state dict is of other parameters: it lacks {missing[:3]} and holds {extra[:3]} beside; load it "
+                "into an optimizer of the same model"
+            )
+        moved = [name for name, group in own if by_name[name].group != group]
+        if moved:
+            raise ValueError(
+                f"parameter {moved[0]!r} is in another param group in the state dict: build with the same rules"
+            )
+        return [by_name[name] for name, _ in own]
+    counts = [sum(group == g for _, group in own) for g in range(1 + max((g for _, g in own), default=0))]
+    theirs = [sum(entry.group == g for entry in saved) for g in range(len(counts))]
+    if counts != theirs:
+        raise ValueError(f"the groups of the state dict hold {theirs} parameters and those of this optimizer {counts}")
+    if not generic:
+        warnings.warn(
+            "the state dict names no parameters: its state is matched by position; if the order of the parameters has "
+            "changed since, it is wrong",
+            UserWarning,
+            stacklevel=4,
+        )
+    return list(saved)
+
+
+def _group_update(group: Mapping[str, Any], recipe: Recipe, saved: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """What a saved group sets in ours, after checking that they are of one kind."""
+    theirs = saved.get("recipe", recipe.label)
+    if theirs != recipe.label:
+        raise ValueError(
+            f"param group {index} was saved by {theirs!r} and is now {recipe.label!r}: build the same recipe"
+        )
+    revision = saved.get("revision", recipe.revision)
+    if revision != recipe.revision:
+        warnings.warn(
+            f"{recipe.label} was at revision {revision} when the state was saved and is now at {recipe.revision}: its "
+            "mathematics has changed, so the run will not continue exactly; see the changelog",
+            UserWarning,
+            stacklevel=4,
+        )
+    numbers = recipe.numbers()
+    missing = sorted(key for key in (*numbers, "nonfinite", "rounding", "peak_lr", "mode") if key not in saved)
+    if missing and "recipe" in saved:
+        warnings.warn(
+            f"param group {index} of the state dict lacks {', '.join(missing)}: the values of this optimizer are kept",
+            UserWarning,
+            stacklevel=4,
+        )
+    for key, item in numbers.items():
+        if item.metadata["kind"] == "static" and key in saved and saved[key] != group[key]:
+            raise ValueError(
+                f"{key} of param group {index} was {saved[key]!r} when the state was saved and is {group[key]!r} here: "
+                "it chooses structure; build with the saved value"
+            )
+    if saved.get("rounding", group["rounding"]) != group["rounding"]:
+        raise ValueError(
+            f"rounding of param group {index} was {saved['rounding']!r} when the state was saved and is "
+            f"{group['rounding']!r} here; build with the saved value"
+        )
+    update = {key: value for key, value in saved.items() if key not in _BUILT}
+    recipe.check({key: value for key, value in update.items() if key in numbers})
+    for key, value in update.items():
+        if isinstance(group.get(key), tuple) and isinstance(value, list):
+            update[key] = tuple(value)
+        elif isinstance(value, Tensor):
+            update[key] = value.clone()
+    update["extra"] = dict(saved.get("extra", {}))
+    return update

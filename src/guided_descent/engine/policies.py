@@ -1,0 +1,53 @@
+"""What happens on non-finite gradients: skip the step, raise, or ignore."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from guided_descent.linalg.workspace import Workspace
+
+POLICIES = ("skip", "raise", "ignore")
+#: Steps skipped in a row before ``skip`` gives up.
+PATIENCE = 25
+_SMALL = 32_768
+
+
+class NonFiniteError(RuntimeError):
+    """A gradient holds NaN or infinity and the policy does not let it pass."""
+
+
+def all_finite(gradients: Sequence[Tensor], work: Workspace) -> bool:
+    """Whether no element is NaN or infinite.
+
+    One pass that sums: small tensors are first gathered, so that a thousand of them cost one reduction. A sum that
+    overflows although every element is finite is confirmed element by element before it counts.
+    """
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    sums: list[Tensor] = []
+    for g in gradients:
+        g = torch.view_as_real(g) if g.is_complex() else g
+        if g.numel() <= _SMALL:
+            groups.setdefault((g.dtype, g.device), []).append(g.reshape(-1))
+        else:
+            sums.append(_sum(g))
+    for (dtype, device), small in groups.items():
+        flat = work.take("finite", (sum(map(Tensor.numel, small)),), dtype, device)
+        sums.append(_sum(torch.cat(small, out=flat)))
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for value in sums:
+        by_device.setdefault(value.device, []).append(value.double())
+    if all(bool(torch.isfinite(torch.stack(values).sum())) for values in by_device.values()):
+        return True
+    return not culprits(gradients)
+
+
+def culprits(gradients: Sequence[Tensor]) -> list[int]:
+    """Indices of the tensors that hold a NaN or an infinity."""
+    return [i for i, g in enumerate(gradients) if not bool(torch.isfinite(g).all())]
+
+
+def _sum(g: Tensor) -> Tensor:
+    return g.sum(dtype=torch.float32) if g.dtype in (torch.float16, torch.bfloat16) else g.sum()

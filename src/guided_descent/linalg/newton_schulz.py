@@ -1,0 +1,207 @@
+"""Newton-Schulz in three forms: as in the textbook, with symmetric products, and on the Gram matrix.
+
+X [..., m, n] is multiplied from its shorter side, so a tall matrix needs no transposed copy: G = X Xᵀ and X ← aX + PX
+when wide, G = XᵀX and X ← aX + XP when tall, with P = bG + cG². All three forms are equal in exact arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from guided_descent.linalg.minimax import Triple
+from guided_descent.linalg.workspace import Workspace
+
+# Half of a symmetric product is free, but its mirror image must be copied. Cheaper than the whole product from about
+# 384 rows, in strips of about 192 (measured in bfloat16 on AVX-512, float32 gains more).
+STRIP = 192
+
+# Rounding in G is amplified, relative to its small eigenvalues, by the square of the slopes of all steps before the last
+# one that uses it. In the last segment that error stays in the result; in the ones before it only moves small singular
+# values that are still on their way. Limits for bfloat16, to be multiplied by the square root of the gain in precision.
+_LAST, _EARLIER = 4.0, 40.0
+_SLACK = 1.02  # what that error may add to the largest singular value at a restart
+
+
+def textbook(x: Tensor, triples: Sequence[Triple]) -> Tensor:
+    """The iteration as published, on a normalised X; the operations and their order are those of ``torch.optim.Muon``.
+
+    Args:
+        x: [..., m, n]; not changed.
+        triples: (a, b, c) of each step.
+    """
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    fused = torch.addmm if x.ndim == 2 else torch.baddbmm
+    for a, b, c in triples:
+        gram = x @ x.mT
+        x = fused(x, fused(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def segments(triples: Sequence[Triple], dtype: torch.dtype, top: float = 1.0) -> list[Sequence[Triple]]:
+    """The schedule cut where the Gram form has to start anew from X to stay accurate in ``dtype``.
+
+    Args:
+        triples: (a, b, c) of each step.
+        dtype: Of the Gram matrix.
+        top: The largest singular value that the first step meets; what counts is its slope relative to that.
+
+    Example:
+        >>> [len(s) for s in segments([(3.4445, -4.7750, 2.0315)] * 5, torch.bfloat16)]
+        [3, 2]
+    """
+    gain = math.sqrt(torch.finfo(torch.bfloat16).eps / torch.finfo(dtype).eps)
+    slopes = [a * (top if i == 0 else 1.0) for i, (a, _, _) in enumerate(triples)]
+    parts: list[Sequence[Triple]] = []
+    end = len(triples)
+    while end:
+        limit = (_EARLIER if parts else _LAST) * gain
+        start = end - 1
+        while start and math.prod(slopes[start - 1 : end - 1]) <= limit:
+            start -= 1
+        parts.append(triples[start:end])
+        end = start
+    return parts[::-1]
+
+
+def prefers_gram(shape: Sequence[int], triples: Sequence[Triple], parts: int) -> bool:
+    """Whether the Gram form in this many segments needs fewer multiply-adds than the symmetric one.
+
+    Example:
+        >>> jordan = [(3.4445, -4.7750, 2.0315)] * 5
+        >>> [prefers_gram((1024, n), jordan, 2) for n in (1024, 2048)]
+        [False, True]
+    """
+    rows, columns = sorted(shape[-2:])
+    ratio, half = columns / rows, 0.75 if rows >= 2 * STRIP else 1.0
+    quintic = [c != 0.0 for _, _, c in triples]
+    symmetric = len(triples) * ratio * (1 + half) + half * sum(quintic)
+    small = sum(quintic) + 3 * len(triples) - 3 * parts  # G², and QZ, GZ, ZGZ but at the ends of a segment
+    return parts * ratio * (1 + half) + half * small < symmetric
+
+
+class Iteration:
+    """One run on a scratch matrix; holds the buffers and knows which side is short.
+
+    Args:
+        x: [m, n] or [B, m, n] in the iteration's dtype; overwritten.
+        work: Where the other buffers come from.
+        scale: The iteration runs on ``scale * x``; the factor is folded into the products and costs no pass over x.
+
+    Attributes:
+        top: An upper bound of the largest singular value of ``scale * x``; lower it where a better one is known.
+    """
+
+    def __init__(self, x: Tensor, work: Workspace, scale: float = 1.0) -> None:
+        def take(tag: str, shape: Sequence[int]) -> Tensor:
+            return work.take(f"newton_schulz.{tag}", tuple(shape), x.dtype, x.device)
+
+        self.x, self.scale, self.top = x, scale, 1.0
+        self.tall = x.shape[-2] > x.shape[-1]
+        small = (*x.shape[:-2], min(x.shape[-2:]), min(x.shape[-2:]))
+        self._g, self._z, self._q, self._t = (take(tag, small) for tag in "gzqt")
+        self._other = take("x", x.shape)
+        self._known = False  # _g and _z hold G and G² of this x
+
+    def run(self, triples: Sequence[Triple], method: str = "auto", out: Tensor | None = None) -> Tensor:
+        """The result of the cheaper form, or of the one named, in ``out`` or in a buffer."""
+        if method == "auto":
+            parts = len(segments(triples, self.x.dtype, self.top))
+            method = "gram" if prefers_gram(self.x.shape, triples, parts) else "symmetric"
+        return self.gram(triples, out) if method == "gram" else self.symmetric(triples, out)
+
+    def square(self) -> Tensor:
+        """G² of ``scale * x``; the first step will use it."""
+        self._gram()
+        _symmetric(self._z, self._g, self._g)
+        self._known = True
+        return self._z
+
+    def symmetric(self, triples: Sequence[Triple], out: Tensor | None = None) -> Tensor:
+        """X ← aX + (bG + cG²)X, once per triple. The result is ``out``, or a buffer."""
+        for i, (a, b, c) in enumerate(triples):
+            self._gram()
+            p, factor = self._polynomial(b, c)
+            self._apply(p, out if i == len(triples) - 1 else None, a, factor)
+        return self.x
+
+    def gram(self, triples: Sequence[Triple], out: Tensor | None = None) -> Tensor:
+        """The same on the short side: Q ← Q h(G) and G ← G h(G)² with h(G) = aI + bG + cG², and X ← QX at the end.
+
+        Source:
+            Zhang, Amsel, Chen, Dao 2026, Gram Newton-Schulz.
+        """
+        parts = segments(triples, self.x.dtype, self.top)
+        slope = 1.0
+        for part in parts:
+            self._gram()
+            for i, (a, b, c) in enumerate(part):
+                z, f = self._polynomial(b, c)
+                if i == 0:  # Q = slope I + q: bfloat16 would round the large diagonal of Q, all of it the same way
+                    torch.mul(z, f, out=self._q)
+                    slope = a
+                else:
+                    _symmetric(self._t, self._q, z, add=z, beta=slope * f, alpha=f)
+                    self._q, self._t = self._t.add_(self._q, alpha=a), self._q
+                    slope *= a
+                if i < len(part) - 1:
+                    _symmetric(self._t, self._g, z, add=self._g, beta=a, alpha=f)
+                    new = self._z if z is self._g else self._g
+                    _symmetric(new, self._t, z, add=self._t, beta=a, alpha=f)
+                    if z is self._g:
+                        self._g, self._z = self._z, self._g
+            last = part is parts[-1]
+            self._apply(self._q, out if last else None, slope)
+            self.scale = 1.0 if last else 1.0 / _SLACK
+        return self.x
+
+    def _gram(self) -> None:
+        if not self._known:
+            left, right = (self.x.mT, self.x) if self.tall else (self.x, self.x.mT)
+            _symmetric(self._g, left, right, alpha=self.scale * self.scale)
+
+    def _polynomial(self, b: float, c: float) -> tuple[Tensor, float]:
+        """A matrix P and a factor f with fP = bG + cG²."""
+        known, self._known = self._known, False
+        if c == 0.0:
+            return self._g, b
+        if known:
+            return self._z.add_(self._g, alpha=b / c), c
+        _symmetric(self._z, self._g, self._g, add=self._g, beta=b, alpha=c)
+        return self._z, 1.0
+
+    def _apply(self, p: Tensor, out: Tensor | None, a: float, factor: float = 1.0) -> None:
+        """X ← scale (aX + factor PX) from the short side, into ``out`` or the other large buffer."""
+        target = self._other if out is None else out
+        left, right = (self.x, p) if self.tall else (p, self.x)
+        _multiply(target, left, right, add=self.x, beta=a * self.scale, alpha=factor * self.scale)
+        self.x, self._other, self.scale = target, self.x, 1.0
+
+
+def _multiply(
+    out: Tensor, left: Tensor, right: Tensor, *, add: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
+) -> None:
+    """out ← beta add + alpha left right, in one kernel."""
+    add = out if beta == 0.0 or add is None else add
+    (torch.addmm if out.ndim == 2 else torch.baddbmm)(add, left, right, beta=beta, alpha=alpha, out=out)
+
+
+def _symmetric(
+    out: Tensor, left: Tensor, right: Tensor, *, add: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
+) -> None:
+    """The same where the result is known to be symmetric: strips of the upper triangle, and their mirror images."""
+    n = out.shape[-1]
+    if out.ndim > 2 or n < 2 * STRIP or out.device.type != "cpu":
+        _multiply(out, left, right, add=add, beta=beta, alpha=alpha)
+        return
+    height = -(-n // (n // STRIP * 32)) * 32
+    for i in range(0, n, height):
+        j = min(i + height, n)
+        strip = None if add is None else add[i:j, i:]
+        _multiply(out[i:j, i:], left[i:j], right[:, i:], add=strip, beta=beta, alpha=alpha)
+        if j < n:
+            out[j:, i:j].copy_(out[i:j, j:].T)

@@ -1,0 +1,33 @@
+"""Parts: the ideas of optimizers as tensor functions over a batch and declared state, to be combined freely."""
+
+from guided_descent.parts.base import ORDER, Batch, Hyper, Needs, Part, Parts, Slot, State
+from guided_descent.parts.estimate import AdamMoments, Ema, Momentum, NadamMoments
+from guided_descent.parts.geometry import NS_DTYPES, Eigenbasis, Polar
+from guided_descent.parts.rows import Rows
+from guided_descent.parts.scale import SCALES, MatrixScale
+from guided_descent.parts.step import L2, Decoupled, Descend, writable
+
+__all__ = [
+    "L2",
+    "NS_DTYPES",
+    "ORDER",
+    "SCALES",
+    "AdamMoments",
+    "Batch",
+    "Decoupled",
+    "Descend",
+    "Eigenbasis",
+    "Ema",
+    "Hyper",
+    "MatrixScale",
+    "Momentum",
+    "NadamMoments",
+    "Needs",
+    "Part",
+    "Parts",
+    "Polar",
+    "Rows",
+    "Slot",
+    "State",
+    "writable",
+]

@@ -1,0 +1,181 @@
+"""Estimates: what a method remembers of past gradients, and the direction that it makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, Unit
+from guided_descent.routing.roles import Block
+
+
+@dataclass(frozen=True)
+class Momentum(Part):
+    """Heavy-ball or Nesterov momentum, in torch's form.
+
+    ``b <- mu b + (1 - tau) u`` (the first ``b`` is ``u`` itself), then ``u <- b``, or ``u <- u + mu b`` with Nesterov.
+    State: ``momentum_buffer``, shaped like the parameter. Source: Polyak 1964; Sutskever et al. 2013.
+    """
+
+    momentum: str = "momentum"
+    dampening: str = "dampening"
+    nesterov: bool = False
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Group keys it reads."""
+        return (self.momentum, self.dampening)
+
+    def slots(self, block: Block) -> dict[str, Slot]:
+        """The momentum buffer."""
+        return {"momentum_buffer": Slot(basis="vector")}
+
+    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """Advance the buffer and make it, or the look-ahead, the direction."""
+        mu, buffer = h[self.momentum], s["momentum_buffer"]
+        if x.first:
+            buffer.copy_(x.take())
+        else:
+            buffer.mul_(mu).add_(x.u, alpha=1 - h[self.dampening])
+        if self.nesterov:
+            x.own().add_(buffer, alpha=mu)
+        else:
+            x.lend(buffer)
+
+    def flops(self, block: Block) -> float:
+        """About 4 per element."""
+        return 4.0 * block.numel
+
+
+@dataclass(frozen=True)
+class Ema(Part):
+    """Exponential moving average of the direction, without bias correction.
+
+    ``m <- beta m + (1 - beta) u``, then ``u <- m``, or ``u <- (1 - beta) u + beta m`` with Nesterov.
+    State: ``momentum_buffer``, shaped like the parameter.
+    """
+
+    beta: str = "momentum"
+    nesterov: bool = False
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Group keys it reads."""
+        return (self.beta,)
+
+    def slots(self, block: Block) -> dict[str, Slot]:
+        """The average."""
+        return {"momentum_buffer": Slot(basis="vector")}
+
+    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """Advance the average and make it, or the look-ahead, the direction."""
+        beta, average = h[self.beta], s["momentum_buffer"]
+        average.lerp_(x.u, 1 - beta)
+        if self.nesterov:
+            x.own().lerp_(average, beta)
+        else:
+            x.lend(average)
+
+    def flops(self, block: Block) -> float:
+        """About 3 per element, 6 with Nesterov."""
+        return (6.0 if self.nesterov else 3.0) * block.numel
+
+
+@dataclass(frozen=True)
+class AdamMoments(Part):
+    """Adam's direction: first moment over the root of the second, both bias-corrected.
+
+    ``m <- b1 m + (1 - b1) u``, ``v <- b2 v + (1 - b2) u^2``, ``u <- (m / bc1) / (sqrt(v / bc2) + eps)`` with
+    ``bc = 1 - b^t``. With ``late_correction`` the corrections multiply the finished quotient,
+    ``u <- sqrt(bc2) / bc1 * m / (sqrt(v) + eps)``, the form of SOAP and of the paper's efficient version; with
+    ``silent_first`` the counter leaves out a first call that made no update. ``amsgrad`` divides by the running maximum
+    of ``v``. State: ``exp_avg``, ``exp_avg_sq`` (and ``max_exp_avg_sq``). Source: Kingma and Ba 2014, 1412.6980.
+    """
+
+    betas: str = "betas"
+    eps: str = "eps"
+    amsgrad: bool = False
+    late_correction: bool = False
+    silent_first: bool = False
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Group keys it reads."""
+        return (self.betas, self.eps)
+
+    def slots(self, block: Block) -> dict[str, Slot]:
+        """First and second moment."""
+        slots = {"exp_avg": Slot(basis="vector"), "exp_avg_sq": Slot(basis="square")}
+        return slots | {"max_exp_avg_sq": Slot(basis="square")} if self.amsgrad else slots
+
+    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """Advance both moments and divide."""
+        beta1, beta2 = h[self.betas]
+        eps = h[self.eps] * x.eps_scale
+        step = x.step - 1 if self.silent_first else x.step
+        root2 = (1 - beta2**step) ** 0.5
+        first, second = s["exp_avg"], s["exp_avg_sq"]
+        first.lerp_(x.u, 1 - beta1)
+        second.mul_(beta2).addcmul_(x.u, x.u, 1 - beta2)
+        if self.amsgrad:
+            second = s["max_exp_avg_sq"].maximum_(second)
+        denominator = x.fresh().copy_(second).sqrt_()
+        if not self.late_correction:
+            denominator.div_(root2)
+        denominator.add_(eps).rdiv_(first)
+        x.scale((root2 if self.late_correction else 1.0) / (1 - beta1**step))
+
+    def flops(self, block: Block) -> float:
+        """About 12 per element."""
+        return 12.0 * block.numel
+
+
+@dataclass(frozen=True)
+class NadamMoments(Part):
+    """Adam's direction with Nesterov momentum and the momentum schedule of Dozat.
+
+    ``mu_t = b1 (1 - 0.5 * 0.96^(t md))``, ``Pi_t = mu_1 ... mu_t``, moments as in Adam with ``b1``, then
+    ``u <- [(1 - mu_t) / (1 - Pi_t) u + mu_{t+1} / (1 - Pi_t mu_{t+1}) m] / (sqrt(v / bc2) + eps)``.
+    State: ``exp_avg``, ``exp_avg_sq``, and the product ``mu_product`` as a float64 scalar. Source: Dozat 2016.
+    """
+
+    betas: str = "betas"
+    eps: str = "eps"
+    momentum_decay: str = "momentum_decay"
+    unit: ClassVar[Unit] = "block"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Group keys it reads."""
+        return (self.betas, self.eps, self.momentum_decay)
+
+    def slots(self, block: Block) -> dict[str, Slot]:
+        """Both moments and the product of the momenta."""
+        return {
+            "exp_avg": Slot(basis="vector"),
+            "exp_avg_sq": Slot(basis="square"),
+            "mu_product": Slot("factor", (), torch.float64, fill=1.0),
+        }
+
+    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """Advance the moments and mix the gradient with the momentum of the next step."""
+        beta1, beta2 = h[self.betas]
+        decay, step = h[self.momentum_decay], x.step
+        now = beta1 * (1 - 0.5 * 0.96 ** (step * decay))
+        after = beta1 * (1 - 0.5 * 0.96 ** ((step + 1) * decay))
+        product = s["mu_product"].mul_(now)
+        first, second = s["exp_avg"], s["exp_avg_sq"]
+        first.lerp_(x.u, 1 - beta1)
+        second.mul_(beta2).addcmul_(x.u, x.u, 1 - beta2)
+        denominator = x.spare("denominator").copy_(second)
+        denominator.div_(1 - beta2**step).sqrt_().add_(h[self.eps] * x.eps_scale)
+        direction = x.take().mul_(x.by_row((1 - now) / (1 - product)))
+        direction.add_(first, alpha=x.by_row(after / (1 - product * after))).div_(denominator)
+
+    def flops(self, block: Block) -> float:
+        """About 15 per element."""
+        return 15.0 * block.numel

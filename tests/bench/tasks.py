@@ -1,0 +1,156 @@
+"""Training tasks as a user would write them, good and broken, and what child processes of the bench tests run."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from guided_descent.bench.checkpoint import Checkpoints
+from guided_descent.bench.problem import Problem
+from guided_descent.bench.runner import train
+from guided_descent.bench.session import Tick
+from guided_descent.bench.store import OptimizerSpec, RunResult, RunStore, read_metrics
+
+STEPS = 60
+ADAMW = OptimizerSpec("AdamW", {"lr": 0.01})
+TIMES = ("seconds", "wall", "cpu", "optimizer_wall", "optimizer_cpu", "eval_wall")
+
+
+def torch_optimizer(model: nn.Module, spec: OptimizerSpec) -> torch.optim.Optimizer:
+    return getattr(torch.optim, spec.name)(model.parameters(), **spec.hyper)
+
+
+def one_cycle(optimizer: torch.optim.Optimizer, spec: object, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """A scheduler of torch with state of its own, one that also moves the momentum."""
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=steps + 1)
+
+
+def train_torch(ref: str, out: Path, spec: OptimizerSpec = ADAMW, **options: object) -> RunResult:
+    options = {"build_optimizer": torch_optimizer, "build_schedule": one_cycle, **options}
+    return train(ref, spec, out=out, **options)  # type: ignore[arg-type]
+
+
+def noisy(seed: int) -> Problem:
+    """Dropout, batch norm, two micro-batches, draws from every global generator, and an evaluation that draws too."""
+    model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 1))
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        shift = 0.01 * (random.random() + float(np.random.rand()))
+        halves = zip(x.chunk(2), y.chunk(2), strict=True)
+        return torch.stack([F.mse_loss(model(a + shift).squeeze(-1), b) for a, b in halves]).mean()
+
+    def batches(step: int) -> tuple[Tensor, Tensor]:
+        g = torch.Generator().manual_seed(1000 * seed + step)
+        x = torch.randn(8, 6, generator=g)
+        return x, x.sin().sum(-1)
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        assert not model.training
+        x, y = batches(-1)
+        return {"error": F.mse_loss(model(x + 0.1 * torch.rand_like(x)).squeeze(-1), y).item() + random.random()}
+
+    return Problem(
+        model=model, loss=loss, batches=batches, evaluate=evaluate, steps=STEPS, metric="error", eval_every=7, clip=1.0
+    )
+
+
+def waiting(seed: int) -> Problem:
+    """``noisy``, but its evaluation at step 14 waits for a file named ``go`` and says so in a file ``waiting``."""
+    problem = noisy(seed)
+    inner, calls = problem.evaluate, [0]
+    assert inner is not None
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        folder = Path(os.environ["WAIT_FOLDER"])
+        calls[0] += 1
+        if calls[0] == 3 and not (folder / "go").exists():
+            (folder / "waiting").touch()
+            time.sleep(60)
+        return inner(model)
+
+    problem.evaluate = evaluate
+    return problem
+
+
+def meddling(seed: int) -> Problem:
+    """``waiting``, but the evaluation changes the weights while it waits."""
+    problem = waiting(seed)
+    inner = problem.evaluate
+    assert inner is not None
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        weights = next(model.parameters())
+        weights.mul_(2)
+        result = inner(model)
+        weights.div_(2)
+        return result
+
+    problem.evaluate = evaluate
+    return problem
+
+
+def explodes(seed: int) -> Problem:
+    """The loss becomes infinite at step 5."""
+    model = nn.Linear(2, 1)
+
+    def loss(model: nn.Module, batch: int) -> Tensor:
+        return model(torch.ones(2)).square().sum() / (0.0 if batch == 5 else 1.0) + 1.0
+
+    return Problem(model=model, loss=loss, batches=lambda step: step, steps=20)
+
+
+def plain() -> Problem:
+    """No seed, a list of batches, no evaluation."""
+    model = nn.Linear(3, 1)
+    batches = [torch.full((4, 3), float(i)) for i in range(3)]
+    return Problem(model=model, loss=lambda m, x: (m(x) - 1).square().mean(), batches=batches, steps=10, eval_every=5)
+
+
+def fails_later(seed: int) -> Problem:
+    """The loss raises at step 3."""
+    problem = plain()
+    problem.loss = lambda m, x: m(x).sum() * (1 / 0 if float(x[0, 0]) == 2 else 1)
+    return problem
+
+
+def rows(out: Path, ref: str, spec: OptimizerSpec = ADAMW) -> tuple[list[dict], list[dict]]:
+    """Train and eval rows of seed 0 without the clocks."""
+    metrics = read_metrics(RunStore(out).path(ref, spec.label, 0) / "metrics.jsonl")
+    strip = [{k: v for k, v in row.items() if k not in TIMES} for row in metrics.train + metrics.evals]
+    return strip[: len(metrics.train)], strip[len(metrics.train) :]
+
+
+def checkpoints(out: Path, ref: str, spec: OptimizerSpec = ADAMW) -> Checkpoints:
+    return Checkpoints(RunStore(out).path(ref, spec.label, 0) / "checkpoints")
+
+
+def child(ref: str, out: str, started: object, options: dict, as_nobody: bool = False) -> None:
+    """What a child process runs; it exits with the result's code, or with 2 and the error on ``started``'s file."""
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(Path(__file__).parent))
+    if as_nobody and os.geteuid() == 0:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+
+    def progress(tick: Tick) -> None:
+        if tick.step:
+            started.set()  # type: ignore[attr-defined]
+
+    try:
+        result = train_torch(ref, Path(out), progress=progress, **options)
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os._exit(result.exit_code)
