@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from guided_descent.bench.checkpoint import Checkpoints
-from guided_descent.bench.problem import Problem
+from guided_descent.bench.problem import Problem, load_problem
 from guided_descent.bench.runner import train
 from guided_descent.bench.session import Tick
 from guided_descent.bench.store import OptimizerSpec, RunResult, RunStore, read_metrics
@@ -134,11 +133,14 @@ def checkpoints(out: Path, ref: str, spec: OptimizerSpec = ADAMW) -> Checkpoints
     return Checkpoints(RunStore(out).path(ref, spec.label, 0) / "checkpoints")
 
 
-def child(ref: str, out: str, started: object, options: dict, as_nobody: bool = False) -> None:
-    """What a child process runs; it exits with the result's code, or with 2 and the error on ``started``'s file."""
+def child(ref: str, out: str, started: object, options: dict, errors: object = None) -> None:
+    """What a child process runs; it exits with the result's code, or with 2 and the error put into ``errors``.
+
+    With ``errors`` it runs as nobody: root may write anywhere.
+    """
     torch.set_num_threads(1)
-    sys.path.insert(0, str(Path(__file__).parent))
-    if as_nobody and os.geteuid() == 0:
+    if errors is not None and os.geteuid() == 0:
+        load_problem(ref)  # imports what it needs while it may
         os.setgroups([])
         os.setgid(65534)
         os.setuid(65534)
@@ -150,7 +152,9 @@ def child(ref: str, out: str, started: object, options: dict, as_nobody: bool = 
     try:
         result = train_torch(ref, Path(out), progress=progress, **options)
     except Exception as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        if errors is None:
+            raise
+        errors.put(f"{type(error).__name__}: {error}")  # type: ignore[attr-defined]
         os._exit(2)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os._exit(result.exit_code)

@@ -53,7 +53,8 @@ def _curves_by_time(axes: Any, document: Mapping[str, Any]) -> None:
 
 def _curves(axes: Any, document: Mapping[str, Any], by: str) -> None:
     """Runs thin, their mean strong; the first fifth of the run is outside the frame, as the page shows it at first."""
-    ends, inside = [], []
+    ends: list[float] = []
+    inside: list[float] = []
     for number, arm in enumerate(document["arms"]):
         colour, cost = COLOURS[number % len(COLOURS)], arm["row"]["step_ms"]
         sums: dict[int, list[tuple[float, float]]] = {}

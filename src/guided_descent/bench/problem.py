@@ -273,5 +273,5 @@ def tensor_hash(items: Iterable[Tensor]) -> str:
 
 def short(error: BaseException) -> str:
     """The error's type and the first line of its text."""
-    first = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {first[0]}" if first else type(error).__name__
+    name, lines = type(error).__name__.lstrip("_"), str(error).strip().splitlines()
+    return f"{name}: {lines[0]}" if lines else name

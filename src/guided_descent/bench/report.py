@@ -16,8 +16,8 @@ import jinja2
 from markupsafe import Markup
 
 from guided_descent.bench import tables
-from guided_descent.bench.files import BenchError, make_folder, os_line, write_json
 from guided_descent.bench.figures import write_figures
+from guided_descent.bench.files import BenchError, make_folder, os_line, write_json
 
 TEMPLATES = Path(__file__).parent / "templates"
 DIGITS = 6  # of a number on a curve
@@ -80,7 +80,8 @@ def render(document: Mapping[str, Any]) -> str:
 
 
 def _run(arm: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
-    texts = {key: tables.number(run[key], none="∞" if run["status"] == "diverged" else "–") for key in ("final", "train_loss")}
+    none = "∞" if run["status"] == "diverged" else "–"
+    texts = {key: tables.number(run[key], none=none) for key in ("final", "train_loss")}
     return {"label": arm["label"], "seed": run["seed"], "status": run["status"], "steps": run["stopped_at"], **texts}
 
 
@@ -95,7 +96,7 @@ def _data(document: Mapping[str, Any], metric: str) -> dict[str, Any]:
             "difference": arm["row"]["difference"],
             "runs": [
                 {"seed": run["seed"], "status": run["status"], "final": run["final"]}
-                | {kind: {key: _cut(run[kind][key]) for key in ("step", "seconds", "value")} for kind in ("eval", "train")}
+                | {kind: {key: _cut(values) for key, values in run[kind].items()} for kind in ("eval", "train")}
                 for run in arm["runs"]
             ],
         }

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import difflib
+import inspect
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -28,9 +29,9 @@ DEFAULT_OPTIMIZERS = ("adamw", "nadamw", "muon", "soap")
 app = typer.Typer(
     name="guided-descent",
     help="Choose, run and compare optimizers for PyTorch.\n\n"
-    "Start with [bold]guided-descent compare[/bold]: in a few minutes it trains four optimizers on real text and writes "
-    "a report page. Every command has --help with examples, and --json.",
-    epilog=EXIT_CODES.strip(),
+    "Start with [bold]guided-descent compare[/bold]: in a few minutes it trains four optimizers on real text and "
+    "writes a report page. Every command has --help with examples, and --json.",
+    epilog=" ".join(EXIT_CODES.split()),
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -53,6 +54,21 @@ Steps = Annotated[
 Workers = Annotated[int, typer.Option(min=0, help="Worker processes of one thread each; 0: this process.")]
 Out = Annotated[Path, typer.Option(help="Folder for runs and results; made if missing.", file_okay=False)]
 EvalEvery = Annotated[int | None, typer.Option(min=1, help="Steps between evaluations.", show_default="the task's own")]
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def command(name: str | None = None, *, examples: Sequence[str]) -> Callable[[F], F]:
+    """Register a command: its docstring is its help, with the lines of a paragraph joined, and the examples follow."""
+
+    def register(function: F) -> F:
+        paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+        text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+        epilog = "\n\n".join(["[bold]Examples[/bold]", *(f"[dim]$[/dim] guided-descent {line}" for line in examples)])
+        return app.command(name, help=text, epilog=epilog)(function)
+
+    return register
 
 
 def _version(wanted: bool) -> None:

@@ -13,16 +13,16 @@ import guided_descent
 from guided_descent.cli.common import (
     DEFAULT_PROBLEM,
     Json,
-    app,
     check_known,
     check_task,
+    command,
     default,
     print_json,
     read_specs,
 )
 
 
-@app.command("list", epilog="Example: guided-descent list --family spectral")
+@command("list", examples=["list", "list --family spectral --json"])
 def list_command(
     family: Annotated[str | None, typer.Option(help="Only this family.", show_default="all")] = None,
     as_json: Json = False,
@@ -43,7 +43,7 @@ def list_command(
     Console().print(table)
 
 
-@app.command(epilog="Example: guided-descent describe muon")
+@command(examples=["describe muon"])
 def describe(
     name: Annotated[str, typer.Argument(help="A key from guided-descent list.")], as_json: Json = False
 ) -> None:
@@ -56,9 +56,7 @@ def describe(
         print(description)
 
 
-@app.command(
-    epilog="Examples:\n\nguided-descent explain muon\n\nguided-descent explain soap:lr=3e-3 --problem mypkg.task:make"
-)
+@command(examples=["explain muon", "explain soap:lr=3e-3 --problem mypkg.task:make"])
 def explain(
     optimizer: Annotated[str, typer.Argument(metavar="NAME[:KEY=VALUE,...]", help="For example muon:lr=0.02.")],
     problem: Annotated[str, typer.Option(help="A workload or package.module:function.")] = DEFAULT_PROBLEM,

@@ -19,8 +19,9 @@ from guided_descent.cli.common import (
     Out,
     Steps,
     Workers,
-    app,
     check_task,
+    command,
+    default,
     display,
     outcome,
     print_json,
@@ -30,9 +31,11 @@ from guided_descent.cli.common import (
 from guided_descent.cli.errors import FAILED, OK, CommandError
 
 
-@app.command(
-    epilog="Examples:\n\nguided-descent train -o muon:lr=0.02\n\n"
-    "guided-descent train mypkg.task:make -o adamw:lr=1e-3,weight_decay=0.1 --steps 1000 --out runs/mine"
+@command(
+    examples=[
+        "train -o muon:lr=0.02",
+        "train mypkg.task:make -o adamw:lr=1e-3,weight_decay=0.1 --steps 1000 --out runs/mine",
+    ]
 )
 def train(
     problem: Annotated[str, typer.Argument(help="A workload or package.module:function.")] = DEFAULT_PROBLEM,
@@ -68,11 +71,13 @@ def train(
     return OK if done.status == "complete" else FAILED
 
 
-@app.command(
-    epilog="Examples:\n\nguided-descent compare\n\n"
-    "guided-descent compare mypkg.task:make -o adamw -o muon --seeds 5\n\n"
-    "guided-descent compare mlp-digits -o adamw:lr=1e-3 -o soap:lr=3e-3 --out runs/mine\n\n"
-    "guided-descent compare mypkg.task:make --tuning runs/tune/tuning.json"
+@command(
+    examples=[
+        "compare",
+        "compare mypkg.task:make -o adamw -o muon --seeds 5",
+        "compare mlp-digits -o adamw:lr=1e-3 -o soap:lr=3e-3 --out runs/mine",
+        "compare mypkg.task:make --tuning runs/tune/tuning.json",
+    ]
 )
 def compare(
     problems: Annotated[
@@ -163,10 +168,12 @@ def _show(document: dict[str, Any], out: Path, page: bool) -> None:
     print(f"{'results:':<24} {out / ('report.html' if page else 'comparison.json')}")
 
 
-@app.command(
-    epilog="Examples:\n\nguided-descent tune -o adamw -o nadamw -o muon --out runs/tune\n\n"
-    "guided-descent tune mypkg.task:make --steps 500 --out runs/tune-mine\n\n"
-    "guided-descent compare mypkg.task:make --steps 500 --tuning runs/tune-mine/tuning.json"
+@command(
+    examples=[
+        "tune -o adamw -o nadamw -o muon --out runs/tune",
+        "tune mypkg.task:make --steps 500 --out runs/tune-mine",
+        "compare mypkg.task:make --steps 500 --tuning runs/tune-mine/tuning.json",
+    ]
 )
 def tune(
     problem: Annotated[str, typer.Argument(help="A workload or package.module:function.")] = DEFAULT_PROBLEM,
@@ -226,7 +233,7 @@ def default_lr(name: str) -> float:
     return float(lr)
 
 
-@app.command(epilog="Example: guided-descent report runs/demo")
+@command(examples=["report runs/demo"])
 def report(
     folder: Annotated[Path, typer.Argument(help="A folder that compare filled.")],
     out: Annotated[

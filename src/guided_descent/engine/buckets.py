@@ -134,6 +134,11 @@ class Slice:
             self.state[name] = stack[chosen] if self._scattered else stack[lo:hi]
         self._cache: dict[str, tuple[int, Rows]] = {}
 
+    @property
+    def leads(self) -> bool:
+        """Whether it holds the beginning of its blocks: the later cuts of a large tensor do not."""
+        return self.span is None or self.span[0] == 0
+
     def gradients(self, gradients: Sequence[Tensor | None]) -> Rows:
         """The rows of the gradients, by parameter index; views wherever the layout allows."""
         rows = []

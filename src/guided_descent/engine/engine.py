@@ -205,7 +205,7 @@ class Engine:
         """Run all slices. Those with global sums go in stages, so that a total is complete before any part sees it."""
         staged = [w for w in works if any(part.has_sums and part.needs.evaluations == 1 for part in w.parts)]
         for number, w in enumerate(staged):
-            w.batch = self._batch(w, tag=f".{number}")
+            w.batch = self._begin(w, tag=f".{number}")
         totals: Totals = {}
         waiting = staged
         while waiting:
@@ -226,7 +226,7 @@ class Engine:
             step = torch.tensor(float(w.step), device=w.bucket.device)
             w.bucket.kernel.run(w.slice.p, w.gradients, w.slice.state, h, step, w.bucket.scales)
             return
-        w.batch = self._batch(w)
+        w.batch = self._begin(w)
         if self.compiled is not None and w.step > 1:
             w.batch.w = self._open(w)
             w.batch.ticks = self.compiled.run(w.slice, w.parts, w.batch.g, w.batch.w, h, w.step)
@@ -255,6 +255,13 @@ class Engine:
         into = totals.setdefault(part, {})
         for name, value in values.items():
             into[name] = into[name] + value if name in into else value.clone()
+
+    def _begin(self, w: Work, tag: str = "") -> Batch:
+        batch = self._batch(w, tag)
+        if w.slice.leads:
+            for part in w.parts:
+                part.begin(w.slice.state, self.groups[w.bucket.group], w.step)
+        return batch
 
     def _batch(self, w: Work, tag: str = "") -> Batch:
         """The view of a slice that its parts work on."""

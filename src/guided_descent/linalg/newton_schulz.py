@@ -22,7 +22,7 @@ STRIP = 192
 # Rounding in G is amplified, relative to its small eigenvalues, by the square of the slopes of all steps before the last
 # one that uses it. In the last segment that error stays in the result; in the ones before it only moves small singular
 # values that are still on their way. Limits for bfloat16, to be multiplied by the square root of the gain in precision.
-_LAST, _EARLIER = 4.0, 40.0
+_LAST, _EARLIER = 4.0, 12.0
 _SLACK = 1.02  # what that error may add to the largest singular value at a restart
 
 
@@ -80,8 +80,8 @@ def prefers_gram(shape: Sequence[int], triples: Sequence[Triple], parts: int) ->
     ratio, half = columns / rows, 0.75 if rows >= 2 * STRIP else 1.0
     quintic = [c != 0.0 for _, _, c in triples]
     symmetric = len(triples) * ratio * (1 + half) + half * sum(quintic)
-    small = sum(quintic) + 3 * len(triples) - 3 * parts  # G², and QZ, GZ, ZGZ but at the ends of a segment
-    return parts * ratio * (1 + half) + half * small < symmetric
+    inner = len(triples) - parts  # a step inside a segment costs QZ, GZ and their symmetric h(G) G h(G)
+    return parts * ratio * (1 + half) + half * sum(quintic) + (2 + half) * inner < symmetric
 
 
 class Iteration:
@@ -145,13 +145,13 @@ class Iteration:
                     torch.mul(z, f, out=self._q)
                     slope = a
                 else:
-                    _symmetric(self._t, self._q, z, add=z, beta=slope * f, alpha=f)
+                    _multiply(self._t, self._q, z, add=z, beta=slope * f, alpha=f)
                     self._q, self._t = self._t.add_(self._q, alpha=a), self._q
                     slope *= a
                 if i < len(part) - 1:
-                    _symmetric(self._t, self._g, z, add=self._g, beta=a, alpha=f)
+                    _multiply(self._t, self._g, z, add=self._g, beta=a, alpha=f)
                     new = self._z if z is self._g else self._g
-                    _symmetric(new, self._t, z, add=self._t, beta=a, alpha=f)
+                    _symmetric(new, z, self._t, add=self._t, beta=a, alpha=f)
                     if z is self._g:
                         self._g, self._z = self._z, self._g
             last = part is parts[-1]

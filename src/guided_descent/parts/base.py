@@ -238,6 +238,9 @@ class Part:
         """State it keeps for a block, by slot name."""
         return {}
 
+    def begin(self, s: State, h: Hyper, step: int) -> None:
+        """Advance scalar state, once for each block and step, before ``update`` sees any cut of its tensors."""
+
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Write the direction (``x.take()``, ``x.fresh()``, ``x.lend()``, ``x.scale()``) and the state ``s``."""
         raise TypeError(f"{type(self).__name__} does not define update")

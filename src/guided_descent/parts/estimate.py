@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, Unit
+from guided_descent.parts.base import Batch, Hyper, Part, Slot, State
+from guided_descent.parts.rows import Number
 from guided_descent.routing.roles import Block
 
 
@@ -146,7 +145,6 @@ class NadamMoments(Part):
     betas: str = "betas"
     eps: str = "eps"
     momentum_decay: str = "momentum_decay"
-    unit: ClassVar[Unit] = "block"
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -161,13 +159,15 @@ class NadamMoments(Part):
             "mu_product": Slot("factor", (), torch.float64, fill=1.0),
         }
 
+    def begin(self, s: State, h: Hyper, step: int) -> None:
+        """Multiply the product by this step's momentum."""
+        s["mu_product"].mul_(self._momentum(h, step))
+
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Advance the moments and mix the gradient with the momentum of the next step."""
         beta1, beta2 = h[self.betas]
-        decay, step = h[self.momentum_decay], x.step
-        now = beta1 * (1 - 0.5 * 0.96 ** (step * decay))
-        after = beta1 * (1 - 0.5 * 0.96 ** ((step + 1) * decay))
-        product = s["mu_product"].mul_(now)
+        step, product = x.step, s["mu_product"]
+        now, after = self._momentum(h, step), self._momentum(h, step + 1)
         first, second = s["exp_avg"], s["exp_avg_sq"]
         first.lerp_(x.u, 1 - beta1)
         second.mul_(beta2).addcmul_(x.u, x.u, 1 - beta2)
@@ -175,6 +175,10 @@ class NadamMoments(Part):
         denominator.div_(1 - beta2**step).sqrt_().add_(h[self.eps] * x.eps_scale)
         direction = x.take().mul_(x.by_row((1 - now) / (1 - product)))
         direction.add_(first, alpha=x.by_row(after / (1 - product * after))).div_(denominator)
+
+    def _momentum(self, h: Hyper, step: Number) -> Number:
+        beta1: Number = h[self.betas][0]
+        return beta1 * (1 - 0.5 * 0.96 ** (step * h[self.momentum_decay]))
 
     def flops(self, block: Block) -> float:
         """About 15 per element."""

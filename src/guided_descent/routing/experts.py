@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 from torch import nn
 
@@ -70,9 +71,9 @@ def router_reason(node: Node, m: Map) -> str | None:
         return None
     if parent.parent is not None and number(parent.module, EXPERTS, config=False) == m.out:
         return f"one output for each of the {m.out} experts that {parent.kind} declares"
-    for place in node.ancestors():
-        if all(gate is not node for gate, _ in _gates(place, m.out)):
-            return None
+    for branch, place in pairwise((node, *node.ancestors())):
+        if sum(map_of(below.module) is not None for below in branch.walk()) > 1:
+            return None  # one map of several in a network of its own
         for member in (place, *place.members()):
             shapes = [shape_of(p) for p in member.own.values()]
             if any(len(shape) == 3 and shape[0] == m.out and stack_reason(member, shape) for shape in shapes):
