@@ -208,7 +208,10 @@ EQUAL = {0: 1.0, 1: 1.01, 2: 1.0}
         ([arm("adamw", EQUAL), arm("muon", CLEAR, Budget("tuned", 6, (0, 1), key="lm-source/600"))], "unequal"),
         ([arm("adamw", EQUAL, Budget()), arm("muon", CLEAR)], "unequal"),
         ([arm("adamw", EQUAL), arm("muon", CLEAR, Budget("hand"))], "set by hand"),
-        ([arm("adamw", EQUAL, Budget("tuned", 6, (0, 1), "high", "lm-source/300")), arm("muon", CLEAR)], "adamw (high"),
+        (
+            [arm("adamw", EQUAL, Budget("tuned", 6, (0, 1), "high end of lr", "lm-source/300")), arm("muon", CLEAR)],
+            "(high end",
+        ),
         ([arm("soap", EQUAL), arm("muon", CLEAR)], "add adamw or nadamw"),
         ([arm("adamw", EQUAL)], "at least two optimizers"),
     ],

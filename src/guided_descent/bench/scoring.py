@@ -178,21 +178,21 @@ class Budget:
 
     Attributes:
         source: "tuned", "defaults" (documented defaults, nothing tuned) or "hand" (typed in, history unknown).
-        trials: Learning rates tried, 0 unless tuned.
+        trials: Hyperparameter settings tried, 0 unless tuned.
         seeds: Seeds each trial was run with.
-        edge: Where the best learning rate sits at an end of its grid: "low", "high", or "" inside the grid.
+        edge: Where the best setting sits at an end of its grid, such as "high end of lr"; "" inside the grid.
         key: What else must match, for example the workload and the run length the tuning was made at.
     """
 
     source: Literal["tuned", "defaults", "hand"] = "defaults"
     trials: int = 0
     seeds: tuple[int, ...] = ()
-    edge: Literal["", "low", "high"] = ""
+    edge: str = ""
     key: str = ""
 
     def __str__(self) -> str:
         if self.source == "tuned":
-            return f"{self.trials} learning rates x {len(self.seeds)} seeds"
+            return f"{self.trials} trials x {len(self.seeds)} seeds"
         return "documented defaults" if self.source == "defaults" else "set by hand"
 
 
@@ -246,7 +246,7 @@ def judge(
     other arm. The intervals in this sentence are Bonferroni-adjusted for the number of arms it is compared with, so
     that among equal arms at most ``1 - level`` of comparisons name a winner; a table's own intervals are not adjusted.
 
-    Refused: fewer than 3 common seeds, unequal tuning budgets, a best learning rate at an end of its grid, hand-set
+    Refused: fewer than 3 common seeds, unequal tuning budgets, a best setting at an end of its grid, hand-set
     hyperparameters, no AdamW or NAdamW among the arms, arms that differ in more than their optimizer.
 
     Args:
@@ -315,8 +315,8 @@ def refusals(arms: Sequence[Contestant], baseline: Contestant | None, n: int) ->
     elif len(budgets) > 1:
         each = ", ".join(f"{arm.label}: {arm.budget}" for arm in arms)
         reasons.append(f"tuning was unequal ({each})")
-    if edges := [f"{arm.label} ({arm.budget.edge} end)" for arm in arms if arm.budget.edge]:
-        reasons.append(f"the best learning rate is at an edge of its grid for {_listing(edges)}, so widen that grid")
+    if edges := [f"{arm.label} ({arm.budget.edge})" for arm in arms if arm.budget.edge]:
+        reasons.append(f"the best setting is at an edge of its grid for {_listing(edges)}, so widen that grid")
     return reasons
 
 

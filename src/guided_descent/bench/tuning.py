@@ -1,10 +1,15 @@
-"""Equal-budget tuning: the same number of learning rates, seeds and steps for every optimizer, kept as one JSON file.
+"""Equal-budget tuning: the same number of trials, seeds and steps for every optimizer, kept as one JSON file.
 
-The rule (stated in every file it writes): learning rates at the documented default times 1/4, 1/2, 1, 2, 4 and 8, the
-tuning seeds 0 and 1, the smallest mean final metric wins. While any optimizer's best sits at an end of its grid, and at
-most twice, *every* optimizer gets one more learning rate: beyond the end where its best is at one, else halfway (in
-logarithms) between its best and the better neighbour. So budgets stay equal whatever the grids look like. Seeds used
-here are never used in a comparison.
+The rule (stated in every file it writes), for every optimizer alike:
+
+1. six learning rates: the documented default times 1/4, 1/2, 1, 2, 4 and 8;
+2. at the best of them four values of one further knob: the learning rate of the auxiliary optimizer where the recipe is
+   a hybrid that has one of its own (default times 4, 8, 16 and 32), else the weight decay;
+3. two more learning rates around the best pair: half and double, or a square root of 2 away where those are known;
+4. while any optimizer's best sits at an end of its grid, and at most twice, one more trial for *each*: beyond that end,
+   or, where its best is inside, halfway (in logarithms) between its best learning rate and the better neighbour.
+
+The smallest mean final metric over the tuning seeds 0 and 1 wins. These seeds are never used in a comparison.
 """
 
 from __future__ import annotations
@@ -12,64 +17,153 @@ from __future__ import annotations
 import math
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from guided_descent.bench.files import FORMAT, BenchError, read_json, write_json
 from guided_descent.bench.pool import Display, Job, run_jobs, train_run
+from guided_descent.bench.runner import BuildOptimizer, build_optimizer
 from guided_descent.bench.scoring import Budget, score
-from guided_descent.bench.store import Goal, OptimizerSpec, slug
+from guided_descent.bench.specs import format_hyper
+from guided_descent.bench.store import Goal, OptimizerSpec, RunConfig, slug
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+AUX_FACTORS = (4.0, 8.0, 16.0, 32.0)
+DECAYS = (0.0, 0.01, 0.03, 0.1, 0.3)
 SPACING = 2.0
 EXTENSIONS = 2
 SEEDS = (0, 1)
 FOLDER = Path(__file__).parent / "tuned"
 
+Point = tuple[float, float]
+"""A learning rate and a value of the knob."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is searched for one optimizer.
+
+    Attributes:
+        lr: The documented default learning rate, above 0.
+        knob: Name of the second hyperparameter, dotted where it is the auxiliary recipe's.
+        default: Its documented default.
+        values: The four other values tried.
+    """
+
+    lr: float
+    knob: str
+    default: float
+    values: tuple[float, ...]
+
+    def hyper(self, point: Point) -> dict[str, Any]:
+        """The hyperparameters at a point; a knob at its default is left out.
+
+        Example:
+            >>> Space(0.02, "aux.lr", 3e-4, (1e-3,)).hyper((0.04, 1e-3))
+            {'lr': 0.04, 'aux': {'lr': 0.001}}
+        """
+        lr, value = point
+        hyper: dict[str, Any] = {"lr": lr}
+        if value != self.default:
+            outer, dot, inner = self.knob.partition(".")
+            hyper[outer] = {inner: value} if dot else value
+        return hyper
+
+
+def space_of(name: str) -> Space:
+    """The space of a registered optimizer, from its documented defaults.
+
+    Raises:
+        BenchError: Its learning rate is not a positive number, or it has neither an auxiliary rate nor a decay.
+    """
+    from guided_descent.recipes.base import Recipe, lookup
+
+    made = lookup(name)()
+    values = made.values()
+    lr, aux = values.get("lr"), getattr(made, "aux", None)
+    if not isinstance(lr, float | int) or not lr > 0:
+        raise BenchError(f"{name} has the default learning rate {lr}; a grid needs one above 0")
+    if isinstance(aux, Recipe) and "lr" in aux.values():
+        default = float(aux.values()["lr"])
+        return Space(float(lr), "aux.lr", default, tuple(default * factor for factor in AUX_FACTORS))
+    if "weight_decay" not in values:
+        raise BenchError(f"{name} has neither an auxiliary learning rate nor a weight_decay to tune")
+    default = float(values["weight_decay"])
+    return Space(float(lr), "weight_decay", default, tuple(d for d in DECAYS if d != default)[-4:])
+
 
 @dataclass
 class Trials:
-    """The learning rates tried for one optimizer and the scores they got; lower is better, ``inf`` is diverged.
+    """The points tried for one optimizer and the scores they got; lower is better, ``inf`` is diverged.
 
     Example:
-        >>> trials = Trials("adamw", 1e-3, {1e-3: {0: 2.0, 1: 2.2}, 2e-3: {0: 1.9, 1: 2.0}})
-        >>> trials.best, trials.edge, trials.next_lr()
-        (0.002, 'high', 0.004)
+        >>> trials = Trials(Space(1e-3, "weight_decay", 0.01, (0.0, 0.1)))
+        >>> trials.scores = {(1e-3, 0.01): {0: 2.0, 1: 2.2}, (2e-3, 0.01): {0: 1.9, 1: 2.0}}
+        >>> trials.best, trials.edge, trials.next()
+        ((0.002, 0.01), 'high end of lr', (0.004, 0.01))
     """
 
-    optimizer: str
-    default: float
-    scores: dict[float, dict[int, float]] = field(default_factory=dict)
+    space: Space
+    scores: dict[Point, dict[int, float]] = field(default_factory=dict)
 
-    def means(self) -> dict[float, float]:
-        """Mean score by learning rate, ascending."""
-        return {lr: statistics.fmean(self.scores[lr].values()) for lr in sorted(self.scores)}
+    def means(self) -> dict[Point, float]:
+        """Mean score by point, ascending."""
+        return {point: statistics.fmean(self.scores[point].values()) for point in sorted(self.scores)}
 
     @property
-    def best(self) -> float:
-        """The learning rate with the smallest mean score; of equals the smallest."""
+    def best(self) -> Point:
+        """The point with the smallest mean score; of equals the one with the smallest learning rate."""
         means = self.means()
-        return min(means, key=lambda lr: means[lr])
+        return min(means, key=lambda point: means[point])
 
     @property
-    def edge(self) -> Literal["", "low", "high"]:
-        """Where the best learning rate sits at an end of those tried."""
-        rates = sorted(self.scores)
-        return "low" if self.best == rates[0] else "high" if self.best == rates[-1] else ""
+    def hyper(self) -> dict[str, Any]:
+        """The hyperparameters of the best point."""
+        return self.space.hyper(self.best)
 
-    def next_lr(self) -> float:
-        """The learning rate that an extension adds."""
-        rates, best = sorted(self.scores), self.best
-        if self.edge == "low":
-            return best / SPACING
-        if self.edge == "high":
-            return best * SPACING
-        means, place = self.means(), rates.index(best)
-        return math.sqrt(best * min(rates[place - 1], rates[place + 1], key=lambda lr: means[lr]))
+    @property
+    def edge(self) -> str:
+        """At which end of its grid the best point sits; empty where it is bracketed."""
+        rates, knobs = self._rates(), self._knobs()
+        lr, knob = self.best
+        if len(rates) > 1 and lr in (rates[0], rates[-1]):
+            return f"{'low' if lr == rates[0] else 'high'} end of lr"
+        if len(knobs) > 1 and knob == knobs[-1]:
+            return f"high end of {self.space.knob}"
+        if len(knobs) > 1 and knob == knobs[0] != 0:  # zero is a bound of nature and no edge
+            return f"low end of {self.space.knob}"
+        return ""
+
+    def _rates(self) -> list[float]:
+        """The learning rates tried at the best knob."""
+        return sorted(lr for lr, knob in self.scores if knob == self.best[1])
+
+    def _knobs(self) -> list[float]:
+        return sorted({knob for _, knob in self.scores})
+
+    def neighbours(self) -> list[Point]:
+        """Two learning rates around the best point that were not tried yet."""
+        lr, knob = self.best
+        far = [lr / SPACING, lr * SPACING]
+        near = [lr / math.sqrt(SPACING), lr * math.sqrt(SPACING)]
+        known = self._rates()
+        return [(b if any(math.isclose(a, x) for x in known) else a, knob) for a, b in zip(far, near, strict=True)]
+
+    def next(self) -> Point:
+        """The point that an extension adds."""
+        lr, knob = self.best
+        step = {"low": 1 / SPACING, "high": SPACING, "": 1.0}[self.edge.partition(" ")[0]]
+        if self.edge.endswith("end of lr"):
+            return lr * step, knob
+        if self.edge:
+            return lr, knob * step
+        rates, means = self._rates(), self.means()
+        place = rates.index(lr)
+        near = [rates[i] for i in (place - 1, place + 1) if 0 <= i < len(rates)]
+        return math.sqrt(lr * min(near, key=lambda rate: means[rate, knob])), knob
 
 
 @dataclass
@@ -107,34 +201,38 @@ class Tuning:
             raise BenchError(f"no tuning for {name!r} on {self.problem} at {self.steps} steps; tuned there: {known}")
         trials = self.optimizers[name]
         key = f"{self.problem}, {self.steps} steps, data {self.data[:12]}"
-        budget = Budget("tuned", len(trials.scores), self.seeds, trials.edge, key)
-        return OptimizerSpec(name, {"lr": trials.best}), budget
+        return OptimizerSpec(name, trials.hyper), Budget("tuned", len(trials.scores), self.seeds, trials.edge, key)
 
     def save(self, path: Path) -> None:
         """Write the file, atomically."""
         rules = {
-            "factors": FACTORS,
-            "around": "the documented default",
-            "spacing": SPACING,
-            "extensions": f"at most {EXTENSIONS}, for every optimizer alike while any best is at an end of its grid",
+            "learning rates": f"documented default x {FACTORS}",
+            "knob": f"aux.lr: default x {AUX_FACTORS}; else weight_decay: four of {DECAYS}",
+            "then": "two learning rates around the best pair",
+            "extensions": f"at most {EXTENSIONS}, one trial for every optimizer while any best is at an end of its grid",
             "other hyperparameters": "documented defaults",
-            "selection": "smallest mean final metric over the seeds",
+            "selection": "smallest mean final metric over the seeds; scores are 1 / metric where it is maximised",
         }
         optimizers = {
             name: {
-                "default_lr": trials.default,
-                "chosen": {"lr": trials.best},
+                "chosen": trials.hyper,
                 "edge": trials.edge,
+                "space": {
+                    "lr": trials.space.lr,
+                    "knob": trials.space.knob,
+                    "default": trials.space.default,
+                    "values": trials.space.values,
+                },
                 "trials": [
-                    {"lr": lr, "scores": {str(seed): value for seed, value in scores.items()}}
-                    for lr, scores in sorted(trials.scores.items())
+                    {"lr": lr, "knob": knob, "mean": trials.means()[lr, knob], "scores": dict(scores)}
+                    for (lr, knob), scores in sorted(trials.scores.items())
                 ],
             }
             for name, trials in self.optimizers.items()
         }
         head = {"format": FORMAT, "kind": "tuning", "problem": self.problem, "steps": self.steps, "metric": self.metric}
-        more = {"goal": self.goal, "data": self.data, "seeds": self.seeds, "space": {"lr": rules}}
-        write_json(path, head | more | {"optimizers": optimizers} | self.facts)
+        more = {"goal": self.goal, "data": self.data, "seeds": self.seeds, "rules": rules}
+        write_json(path, head | more | self.facts | {"optimizers": optimizers})
 
     @classmethod
     def load(cls, path: Path) -> Tuning:
@@ -145,25 +243,28 @@ class Tuning:
         """
         data = read_json(path)
         try:
-            optimizers = {
-                name: Trials(
-                    name,
-                    entry["default_lr"],
-                    {
-                        float(t["lr"]): {int(s): math.inf if v is None else v for s, v in t["scores"].items()}
-                        for t in entry["trials"]
-                    },
-                )
-                for name, entry in data["optimizers"].items()
-            }
-            if not all(trials.scores and all(trials.scores.values()) for trials in optimizers.values()):
-                raise ValueError("an optimizer without trials")
-            known = {"format", "kind", "problem", "steps", "metric", "goal", "data", "seeds", "space", "optimizers"}
+            optimizers = {name: _read_trials(entry) for name, entry in data["optimizers"].items()}
+            known = {"format", "kind", "problem", "steps", "metric", "goal", "data", "seeds", "rules", "optimizers"}
             facts = {key: value for key, value in data.items() if key not in known}
             head = (str(data["problem"]), int(data["steps"]), str(data["metric"]), data["goal"], str(data["data"]))
             return cls(*head, tuple(data["seeds"]), optimizers, facts)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BenchError(f"{path}: no tuning file ({type(error).__name__}: {error}); make one with tune") from None
+            raise BenchError(
+                f"{path}: damaged or no tuning file ({type(error).__name__}: {error}); make one with guided-descent tune"
+            ) from None
+
+
+def _read_trials(entry: Mapping[str, Any]) -> Trials:
+    space = entry["space"]
+    trials = Trials(Space(space["lr"], space["knob"], space["default"], tuple(space["values"])))
+    for trial in entry["trials"]:
+        scores = {int(seed): math.inf if value is None else float(value) for seed, value in trial["scores"].items()}
+        if not scores:
+            raise ValueError("a trial without scores")
+        trials.scores[float(trial["lr"]), float(trial["knob"])] = scores
+    if not trials.scores:
+        raise ValueError("an optimizer without trials")
+    return trials
 
 
 def committed(problem: str, steps: int) -> Path:
@@ -171,14 +272,25 @@ def committed(problem: str, steps: int) -> Path:
     return FOLDER / f"{slug(problem)}-{steps}.json"
 
 
+def stages(found: Mapping[str, Trials]) -> Iterator[dict[str, list[Point]]]:
+    """The points to try next for every optimizer, equally many for each; read after the ones before were scored."""
+    yield {name: [(t.space.lr * factor, t.space.default) for factor in FACTORS] for name, t in found.items()}
+    yield {name: [(t.best[0], value) for value in t.space.values] for name, t in found.items()}
+    yield {name: t.neighbours() for name, t in found.items()}
+    for _ in range(EXTENSIONS):
+        if any(t.edge for t in found.values()):
+            yield {name: [t.next()] for name, t in found.items()}
+
+
 def tune(
     problem: str,
-    optimizers: Mapping[str, float],
+    spaces: Mapping[str, Space],
     *,
     steps: int,
     out: str | os.PathLike[str],
     seeds: Sequence[int] = SEEDS,
     workers: int = 2,
+    build: BuildOptimizer = build_optimizer,
     display: Display | None = None,
     options: Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
@@ -187,50 +299,44 @@ def tune(
 
     Args:
         problem: A workload or ``package.module:function``.
-        optimizers: The documented default learning rate by optimizer.
+        spaces: What to search by optimizer, see ``space_of``.
         steps: Length of every trial.
         out: Folder of the trials; the result is saved there as ``tuning.json``.
         seeds: Seeds of every trial.
         workers: Worker processes; 0 runs in this process.
+        build: Makes an optimizer from model and spec; importable by name.
         display: Shows progress.
         options: Passed on to ``runner.train``.
         facts: Recorded in the result: the command and whatever else should stand there.
 
     Raises:
-        BenchError: No optimizer, no seed, or a default learning rate that is not positive.
+        BenchError: No optimizer, no seed, spaces of different sizes, or what a run raises.
     """
-    if not optimizers or not seeds:
+    if not spaces or not seeds:
         raise BenchError("tuning needs at least one optimizer and one seed")
-    for name, default in optimizers.items():
-        if not default > 0:
-            raise BenchError(f"{name} has the default learning rate {default}; a grid needs one above 0")
-    found = {name: Trials(name, default) for name, default in optimizers.items()}
-    wanted = {name: [default * factor for factor in FACTORS] for name, default in optimizers.items()}
-    record = None
-    for extension in range(EXTENSIONS + 1):
-        todo = [(name, lr, seed) for seed in seeds for name in found for lr in wanted[name]]
-        call = partial(Job, function=train_run, steps=steps)
-        jobs = [
-            call(
-                title=f"{name} lr={lr:.3g} seed {seed}",
-                args=(problem, OptimizerSpec(name, {"lr": lr}, f"{name} lr={lr:.6g}")),
-                kwargs={"seed": seed, "steps": steps, "out": str(out), **(options or {})},
-            )
-            for name, lr, seed in todo
-        ]
-        for (name, lr, seed), run in zip(todo, run_jobs(jobs, workers, display), strict=True):
+    if len({len(space.values) for space in spaces.values()}) > 1:
+        raise BenchError("the spaces have different numbers of knob values; budgets must be equal")
+    found = {name: Trials(space) for name, space in spaces.items()}
+    record: RunConfig | None = None
+    for stage in stages(found):
+        todo = [(name, point, seed) for seed in seeds for name, points in stage.items() for point in points]
+        jobs = []
+        for name, point, seed in todo:
+            hyper = spaces[name].hyper(point)
+            spec = OptimizerSpec(name, hyper, f"{name} {format_hyper(hyper)}")
+            kwargs = {"seed": seed, "steps": steps, "out": str(out), "build_optimizer": build, **(options or {})}
+            jobs.append(Job(f"{spec.label}, seed {seed}", steps, train_run, (problem, spec), kwargs))
+        for (name, point, seed), run in zip(todo, run_jobs(jobs, workers, display), strict=True):
             record = run.config
-            found[name].scores.setdefault(lr, {})[seed] = score(run.result.final if run.result else None, record.goal)
-        if extension == EXTENSIONS or not any(trials.edge for trials in found.values()):
-            break
-        wanted = {name: [trials.next_lr()] for name, trials in found.items()}
+            result = score(run.result.final if run.result else None, record.goal)
+            found[name].scores.setdefault(point, {})[seed] = result
     assert record is not None
     about = {
+        **(facts or {}),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": record.machine,
         "versions": record.versions,
         "git": record.git,
-        **(facts or {}),
     }
     tuning = Tuning(problem, steps, record.metric, record.goal, record.data, tuple(seeds), found, about)
     tuning.save(Path(out) / "tuning.json")

@@ -21,7 +21,6 @@ from guided_descent.cli.common import (
     Workers,
     check_task,
     command,
-    default,
     display,
     outcome,
     print_json,
@@ -187,12 +186,14 @@ def tune(
     eval_every: EvalEvery = None,
     as_json: Json = False,
 ) -> int:
-    """Find learning rates with the same number of trials for every optimizer; writes tuning.json for compare.
+    """Find hyperparameters with the same number of trials for every optimizer; writes tuning.json for compare.
 
-    Six learning rates around the documented default, spacing 2. While any best is at an end of its grid, and at most
-    twice, every optimizer gets one more. Finished trials are not run again.
+    12 trials each: six learning rates around the documented default, four values of one more knob (the auxiliary
+    learning rate of a hybrid such as muon, else the weight decay), two learning rates around the best. While any best is
+    at an end of its grid, and at most twice, every optimizer gets one more. Finished trials are not run again.
     """
     from guided_descent.bench import tuning
+    from guided_descent.bench.specs import format_hyper
 
     specs = read_specs(optimizer, DEFAULT_OPTIMIZERS)
     if fixed := [spec.label for spec in specs if spec.hyper]:
@@ -202,7 +203,7 @@ def tune(
         steps = DEFAULT_STEPS if problem == DEFAULT_PROBLEM else task.steps
     result = tuning.tune(
         problem,
-        {spec.name: default_lr(spec.name) for spec in specs},
+        {spec.name: tuning.space_of(spec.name) for spec in specs},
         steps=steps,
         out=out,
         seeds=range(seeds),
@@ -216,21 +217,12 @@ def tune(
         print(path.read_text(encoding="utf-8"), end="")
         return OK
     for name, trials in result.optimizers.items():
-        means = "  ".join(f"{lr:.3g}: {mean:.4g}" for lr, mean in trials.means().items())
-        edge = f" (at the {trials.edge} end of the grid: no winner can be named)" if trials.edge else ""
-        print(f"{name}: lr {trials.best:.4g}{edge}\n  {means}")
+        edge = f" (at the {trials.edge}: no winner can be named)" if trials.edge else ""
+        print(f"{name}: {format_hyper(trials.hyper)}{edge}")
+        for (lr, knob), mean in trials.means().items():
+            print(f"  lr {lr:<10.4g} {trials.space.knob} {knob:<10.4g} {mean:.5g}")
     print(f"use it: guided-descent compare {problem} --steps {steps} --tuning {path}")
     return OK
-
-
-def default_lr(name: str) -> float:
-    """The documented default learning rate, around which the grid lies."""
-    import guided_descent
-
-    lr = default(guided_descent.describe(name), "lr")
-    if not isinstance(lr, float | int):
-        raise CommandError(f"{name} has no learning rate to tune")
-    return float(lr)
 
 
 @command(examples=["report runs/demo"])

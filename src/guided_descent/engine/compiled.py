@@ -6,6 +6,7 @@ slice and its refreshes stay eager: they happen rarely and call solvers.
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -44,13 +45,11 @@ class Compiled:
         """Run the parts on a slice; returns the events that they counted."""
         if piece not in self._graphs:
             self._graphs[piece] = self._compile(piece)
-        numbers = {
-            key: self._tensor(key, value, piece.bucket.device) for key, value in h.items() if key in _keys(parts)
-        }
+        device = piece.bucket.device
+        numbers = {key: self._tensor(key, h[key], device) for key in self._keys(parts) if key in h}
+        numbers["step"] = self._number("step", 0, step, device)
         state = {name: value.list if isinstance(value, Rows) else value for name, value in piece.state.items()}
-        return self._graphs[piece](
-            parts, g.list, w.list, state, numbers, self._number("step", 0, step, w.list[0].device)
-        )
+        return self._graphs[piece](parts, g.list, w.list, state, numbers)
 
     def _compile(self, piece: Slice) -> Callable[..., dict[str, Any]]:
         def run(
@@ -94,11 +93,12 @@ class Compiled:
     def _number(self, key: str, i: int, value: float | Tensor, device: torch.device) -> Tensor:
         place = (key, i, device)
         if place not in self._tensors:
-            self._tensors[place] = torch.zeros((), dtype=torch.float64 if device.type == "cpu" else torch.float32).to(
-                device
-            )
-        return self._tensors[place].fill_(value) if not isinstance(value, Tensor) else self._tensors[place].copy_(value)
+            dtype = torch.float64 if device.type == "cpu" else torch.float32
+            self._tensors[place] = torch.zeros((), dtype=dtype, device=device)
+        number = self._tensors[place]
+        return number.copy_(value.reshape(())) if isinstance(value, Tensor) else number.fill_(value)
 
-
-def _keys(parts: tuple[Part, ...]) -> set[str]:
-    return {key for part in parts for key in part.keys} | {"peak_lr", "initial_lr"}
+    @staticmethod
+    @functools.cache
+    def _keys(parts: tuple[Part, ...]) -> frozenset[str]:
+        return frozenset(key for part in parts for key in part.keys) | {"peak_lr", "initial_lr"}

@@ -1,4 +1,8 @@
-"""Newton-Schulz coefficient tables: one (a, b, c) per step, each acting on a singular value as ax + bx³ + cx⁵."""
+"""Newton-Schulz coefficient tables: one (a, b, c) per step, each acting on a singular value as ax + bx³ + cx⁵.
+
+Left out on purpose: the 4-step tables made for AOL scaling. Without that scaling one of them maps singular values above
+0.884 to negative ones, so a rank-1 matrix would come back as -U Vᵀ.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +75,7 @@ COEFFICIENTS: dict[str, Coefficients] = {
                 (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
                 (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
             ),
-            "Amsel, Persson, Musco, Gower 2025, arXiv:2505.16932: 5 steps, cushion 2, safety 0.02 (dion, modded-nanogpt)",
+            "Amsel, Persson, Musco, Gower 2025, arXiv:2505.16932: for 5 steps, cushion 2, safety 0.02",
             safety=1.02,
         ),
         Coefficients(

@@ -77,8 +77,8 @@ def refresh_basis(a: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         The new bases [..., d, d] in ``q``'s dtype, and ``order`` [..., d] (int64): column j of the sorted basis is
-        column ``order[..., j]`` of ``q``. What is stored in the old basis follows by that index. A matrix with a
-        non-finite result keeps its ``q``, in its old order.
+        column ``order[..., j]`` of ``q``. What is stored in the old basis follows by that index. A zero matrix, or one
+        with a non-finite result, keeps its ``q``, in its old order.
 
     Raises:
         ValueError: The shapes differ or are not square.
@@ -100,7 +100,7 @@ def refresh_basis(a: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     order = estimate.argsort(dim=-1, descending=True, stable=True)
     columns = order.unsqueeze(-2).expand_as(product)
     new = torch.linalg.qr(product.gather(-1, columns)).Q
-    good = new.isfinite().flatten(1).all(-1) & estimate.isfinite().all(-1)
+    good = new.isfinite().flatten(1).all(-1) & estimate.isfinite().all(-1) & (flat != 0).flatten(1).any(-1)
     identity = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     order = torch.where(good[:, None], order, identity)
     new = torch.where(good[:, None, None], new, old)

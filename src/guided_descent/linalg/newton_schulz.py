@@ -19,9 +19,10 @@ from guided_descent.linalg.workspace import Workspace
 # 384 rows, in strips of about 192 (measured in bfloat16 on AVX-512, float32 gains more).
 STRIP = 192
 
-# Rounding in G is amplified, relative to its small eigenvalues, by the square of the slopes of all steps before the last
-# one that uses it. In the last segment that error stays in the result; in the ones before it only moves small singular
-# values that are still on their way. Limits for bfloat16, to be multiplied by the square root of the gain in precision.
+# Q is large where X is small, so rounding in G, which tilts its eigenvectors, makes QX overshoot in proportion to the
+# slopes of all steps of a segment but its last. What the last segment does wrong stays in the result. Limits of that
+# product for bfloat16, to be multiplied by the square root of the gain in precision: at 12 the overshoot was 2 % at
+# worst over momentum matrices of a transformer and power-law spectra; at 40 it reached 160 % and the iteration diverged.
 _LAST, _EARLIER = 4.0, 12.0
 _SLACK = 1.02  # what that error may add to the largest singular value at a restart
 
@@ -185,7 +186,7 @@ class Iteration:
 def _multiply(
     out: Tensor, left: Tensor, right: Tensor, *, add: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
 ) -> None:
-    """out ← beta add + alpha left right, in one kernel."""
+    """Into ``out``: beta add + alpha left right, in one kernel."""
     add = out if beta == 0.0 or add is None else add
     (torch.addmm if out.ndim == 2 else torch.baddbmm)(add, left, right, beta=beta, alpha=alpha, out=out)
 

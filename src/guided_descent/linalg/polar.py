@@ -18,6 +18,7 @@ METHODS = ("auto", "standard", "symmetric", "gram")
 LOWER = 1e-3  # "adaptive" brings every singular value above this part of the Frobenius norm close to 1
 
 
+@torch.no_grad()
 def polar(
     x: Tensor,
     *,
@@ -46,12 +47,12 @@ def polar(
             by, as in ``torch.optim.Muon``.
         out: Where to write the result, of x's shape; may be ``x``.
         work: Scratch memory to use again.
-        method: ``"auto"`` takes the cheaper of ``"symmetric"`` (half of each symmetric product) and ``"gram"`` (iterates
-            on the r × r Gram matrix); ``"standard"`` is the textbook's sequence of operations, bit for bit
+        method: ``"auto"`` takes the cheaper of ``"symmetric"`` (half of each symmetric product) and ``"gram"``
+            (iterates on the r × r Gram matrix); ``"standard"`` is the textbook's sequence of operations, bit for bit
             ``torch.optim.Muon``'s with coefficients ``"jordan"``, bfloat16 and eps 1e-7.
 
     Returns:
-        ``out``, or a new tensor of x's shape and dtype.
+        ``out``, or a new tensor of x's shape and dtype. A matrix with a non-finite element gives NaN.
 
     Raises:
         ValueError: An unknown name, an impossible shape, dtype or number of steps.
@@ -103,15 +104,15 @@ def _each(
             _each(row, target, plan, triples, dtype, eps, work, method)
         return
     norm = float(_norm(x))
-    if norm == 0.0:
-        out.zero_()
+    if norm == 0.0 or not math.isfinite(norm):
+        out.fill_(0.0 if norm == 0.0 else math.nan)
         return
     adaptive = plan is None and eps is None
-    scale = 1.0 / (norm * (plan.safety if plan else 1.0) if eps is None else max(norm, eps))
+    scale = 1.0 / max(norm * (plan.safety if plan else 1.0), eps or 0.0)
     y = work.take("polar.x", x.shape, dtype, x.device)
-    if 1e-12 < norm < 1e12:
+    if 1e-12 < norm < 1e12 and dtype != torch.float16:
         y.copy_(x)
-    else:  # the Gram matrix of x would leave the range of float32
+    else:  # x, or its Gram matrix, would leave the range of float16 or float32
         y.copy_(x.double() * scale)
         scale = 1.0
     run = Iteration(y, work, scale)

@@ -178,7 +178,8 @@ class NadamMoments(Part):
 
     def _momentum(self, h: Hyper, step: Number) -> Number:
         beta1: Number = h[self.betas][0]
-        return beta1 * (1 - 0.5 * 0.96 ** (step * h[self.momentum_decay]))
+        fraction: Number = 0.96 ** (step * h[self.momentum_decay])
+        return beta1 * (1 - 0.5 * fraction)
 
     def flops(self, block: Block) -> float:
         """About 15 per element."""

@@ -1,0 +1,189 @@
+"""What the contract tests share: a small model, data that depends on the step alone, and a loop for any recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import guided_descent as gd
+from guided_descent.build import RoutedOptimizer
+from guided_descent.recipes import REGISTRY
+
+#: Options that make slow work happen in a short test and fix its dtype, for recipes that have them.
+SMALL: dict[str, Any] = {"precondition_frequency": 3, "ns_dtype": "float32"}
+TOKENS = 11
+
+
+class Net(nn.Module):
+    """Every common role: embedding, two matrices of one shape and one of another, norm, biases, a scalar, a head."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        made = torch.Generator().manual_seed(1)
+        self.embed = nn.Embedding(TOKENS, 6)
+        self.up = nn.Linear(6, 8)
+        self.norm = nn.LayerNorm(8)
+        self.mix = nn.Linear(8, 6, bias=False)
+        self.wide = nn.Linear(6, 8)
+        self.down = nn.Linear(8, 6)
+        self.gain = nn.Parameter(torch.tensor(1.0))
+        self.head = nn.Linear(6, TOKENS)
+        with torch.no_grad():
+            for p in self.parameters():
+                if p.ndim:
+                    p.copy_(torch.randn(p.shape, generator=made) * 0.5)
+        self.to(dtype)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        x = x + self.mix(torch.tanh(self.norm(self.up(x))))
+        x = x + self.down(torch.tanh(self.wide(x)))
+        return self.head(x * self.gain)
+
+
+class Plain(nn.Module):
+    """Two matrices and a bias: the least that shows a hybrid recipe, for tests that take thousands of steps."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        made = torch.Generator().manual_seed(2)
+        self.first = nn.Linear(3, 4, dtype=dtype)
+        self.second = nn.Linear(4, 3, bias=False, dtype=dtype)
+        self.out = nn.Linear(3, 2, bias=False, dtype=dtype)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=made))
+
+
+def options(key: str, **more: Any) -> dict[str, Any]:
+    """Small options of a recipe; more ones replace them."""
+    fields = {item.name for item in dataclasses.fields(REGISTRY[key].cls)}
+    return {name: value for name, value in SMALL.items() if name in fields} | more
+
+
+def make(key: str, params: Any, **more: Any) -> RoutedOptimizer:
+    """An optimizer of this recipe with small options."""
+    return gd.optimizer(key, params, **options(key, **more))
+
+
+def has(key: str, field: str) -> bool:
+    """Whether a recipe has a hyperparameter of this name."""
+    return field in REGISTRY[key].cls.numbers()
+
+
+def exact(key: str) -> dict[str, Any]:
+    """Options under which two routes to one update agree to rounding in float64."""
+    return {"ns_dtype": "float64"} if has(key, "ns_dtype") else {}
+
+
+def evaluations(opt: RoutedOptimizer) -> int:
+    """Gradient evaluations that a step takes."""
+    return max(bucket.parts.evaluations for bucket in opt._engine.bind().buckets)
+
+
+def loss_of(model: nn.Module, step: int, rows: slice = slice(None), size: int = 8) -> Tensor:
+    """The mean loss of a batch that depends on the step alone."""
+    made = torch.Generator().manual_seed(1000 + step)
+    pairs = torch.randint(0, TOKENS, (size, 2), generator=made)[rows]
+    return F.cross_entropy(model(pairs[:, 0]).float() if half(model) else model(pairs[:, 0]), pairs[:, 1])
+
+
+def half(model: nn.Module) -> bool:
+    """Whether the model computes in half precision."""
+    return next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
+
+
+def take(opt: Any, closure: Any, passes: int) -> Any:
+    """One step: with the closure where the recipe evaluates several times, else after calling it."""
+    if passes > 1:
+        return opt.step(closure)
+    loss = closure()
+    opt.step()
+    return loss
+
+
+def drive(opt: RoutedOptimizer, model: nn.Module, steps: int, first: int = 0) -> list[float]:
+    """Train; the loss of each step."""
+    passes = evaluations(opt)
+    losses = []
+    for number in range(first, first + steps):
+
+        def closure(number: int = number) -> Tensor:
+            opt.zero_grad()
+            loss = loss_of(model, number)
+            loss.backward()
+            return loss
+
+        losses.append(float(take(opt, closure, passes)))
+    return losses
+
+
+def fill(params: Any, seed: int, scale: float = 1.0) -> None:
+    """Random gradients, equal for equal seeds."""
+    made = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = (torch.randn(p.shape, generator=made, dtype=torch.float64) * scale).to(p.dtype)
+
+
+def push(opt: RoutedOptimizer, steps: int = 1, seed: int = 0, scale: float = 1.0) -> None:
+    """Steps on random gradients that do not depend on the parameters."""
+    params = [p for group in opt.param_groups for p in group["params"] if p.requires_grad]
+    passes = evaluations(opt)
+    for number in range(steps):
+        take(opt, lambda number=number: fill(params, 7919 * seed + number, scale), passes)
+
+
+def snapshot(opt: RoutedOptimizer, model: nn.Module | None = None) -> dict[str, Any]:
+    """Copies of every parameter, state tensor and counter."""
+    found: dict[str, Any] = {}
+    for index, group in enumerate(opt.param_groups):
+        for name, p in zip(group["param_names"], group["params"]):
+            found[name] = p.detach().clone()
+            for key, value in opt.state.get(p, {}).items():
+                found[f"{name}/{key}"] = value.clone() if isinstance(value, Tensor) else value
+        for key in ("steps", "skipped"):
+            found[f"{index}/{key}"] = group[key]
+        for key, value in group["extra"].items():
+            found[f"{index}/extra/{key}"] = value.clone() if isinstance(value, Tensor) else value
+    for name, p in model.named_parameters() if model is not None else ():
+        found[f"model/{name}"] = p.detach().clone()
+    return found
+
+
+def identical(a: Any, b: Any) -> bool:
+    """Equal to the bit, dtype and shape included; NaN equals NaN."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if a.dtype != b.dtype or a.shape != b.shape or a.device != b.device:
+            return False
+        return bool(torch.equal(bits(a), bits(b)))
+    return bool(a == b)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else tensor.detach()
+
+
+def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
+    """Two snapshots are equal to the bit."""
+    assert a.keys() == b.keys()
+    differ = [name for name in a if not identical(a[name], b[name])]
+    assert not differ, f"not bitwise equal: {differ[:5]}"
+
+
+def parameters(model: nn.Module) -> dict[str, Any]:
+    """Copies of a model's parameters."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_close(a: dict[str, Any], b: dict[str, Any], tolerance: float) -> None:
+    """Two models are equal to a tolerance, relative to the largest element of each tensor."""
+    assert a.keys() == b.keys()
+    for name in a:
+        x, y = a[name].double(), b[name].double()
+        size = max(float(x.abs().max()) if x.numel() else 0.0, 1e-30)
+        assert float((x - y).abs().max() if x.numel() else 0.0) <= tolerance * size, name
