@@ -367,6 +367,10 @@ def _with(recipe: Recipe, overrides: Mapping[str, Any], where: str, strict: bool
     for key in overrides:
         if key in valid or key in ENGINE_KEYS or key in _NOT_OPTIONS:
             continue
+        for name in valid:
+            aux = getattr(recipe, name)
+            if isinstance(aux, Recipe) and key in aux.numbers():
+                raise TypeError(f"{where} sets {key!r}, which belongs to {aux.label}: write {name}={{{key!r}: ...}}")
         near = difflib.get_close_matches(key, [*valid, *ENGINE_KEYS], n=1, cutoff=0.75)
         if strict or near:
             hint = f"; did you mean {near[0]!r}?" if near else ""

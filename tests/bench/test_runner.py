@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import tempfile
 import time
@@ -18,6 +19,7 @@ import tasks
 import torch
 from tasks import ADAMW, STEPS, checkpoints, child, rows, train_torch
 
+import guided_descent
 from guided_descent.bench.checkpoint import Checkpoints
 from guided_descent.bench.files import BenchError
 from guided_descent.bench.problem import tensor_hash, tensors
@@ -33,7 +35,7 @@ EVERY_STEP = {"checkpoint_every": 1}
 def server():
     """Processes that start in milliseconds: a small server forks them with everything imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["numpy.random", "torch", "guided_descent.bench.runner"])
+    context.set_forkserver_preload(["numpy.random", "torch._dynamo", "guided_descent.bench.runner"])
     return context
 
 
@@ -210,6 +212,37 @@ def test_another_run_in_the_same_folder_is_refused_and_fresh_replaces_it(tmp_pat
     with pytest.raises(BenchError, match=r"'lr': 0\.5"):
         train_torch("tasks:plain", tmp_path, OptimizerSpec("AdamW", {"lr": 0.5}))
     assert train_torch("tasks:plain", tmp_path, steps=12, resume=False).steps == 12
+
+
+def go_back(out: Path, ref: str, spec: OptimizerSpec, step: int) -> None:
+    """Make a finished run one that was killed after the checkpoint of a step."""
+    folder = RunStore(out).path(ref, spec.label, 0)
+    (folder / "result.json").unlink()
+    for later in [s for s in checkpoints(out, ref, spec).steps() if s > step]:
+        shutil.rmtree(folder / "checkpoints" / f"step-{later:08d}")
+
+
+@pytest.mark.parametrize("name", guided_descent.list_optimizers())
+def test_our_optimizers_and_schedule_resume_bitwise(tmp_path, name):
+    spec, options = OptimizerSpec(name), {"steps": 20, "checkpoint_every": 5, "keep": 4}
+    whole = train(NOISY, spec, out=tmp_path, **options)
+    before, saved = rows(tmp_path, NOISY, spec), checkpoints(tmp_path, NOISY, spec).load(20)
+    go_back(tmp_path, NOISY, spec, 10)
+    lines: list[str] = []
+    again = train(NOISY, spec, out=tmp_path, warn=lines.append, **options)
+    assert lines == []
+    assert rows(tmp_path, NOISY, spec) == before
+    assert again.final == whole.final
+    continued = checkpoints(tmp_path, NOISY, spec).load(20)
+    for part in ("model", "optimizer", "rng"):
+        assert tensor_hash(tensors(continued[part])) == tensor_hash(tensors(saved[part]))
+
+
+def test_the_readme_s_example_trains(tmp_path):
+    result = train("example_task:make", OptimizerSpec("adamw", {"lr": 1e-2}), out=tmp_path)
+    errors = read_run(RunStore(tmp_path).path("example_task:make", "adamw", 0)).metrics().curve("error")[2]
+    assert result.status == "complete"
+    assert errors[-1] < 0.1 * errors[0]
 
 
 def test_two_processes_cannot_train_in_one_folder(server, tmp_path):

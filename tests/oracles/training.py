@@ -54,6 +54,8 @@ def train(
 
 
 def far(path: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
-    """The largest difference of two paths."""
+    """The largest difference of two paths, relative where the reference exceeds 1."""
     assert len(path) == len(reference)
-    return max(float((a.double() - b.double()).abs().max()) for a, b in zip(path, reference))
+    return max(
+        float(((a.double() - b.double()) / b.double().abs().clamp(min=1)).abs().max()) for a, b in zip(path, reference)
+    )

@@ -209,7 +209,7 @@ class Tuning:
             "learning rates": f"documented default x {FACTORS}",
             "knob": f"aux.lr: default x {AUX_FACTORS}; else weight_decay: four of {DECAYS}",
             "then": "two learning rates around the best pair",
-            "extensions": f"at most {EXTENSIONS}, one trial for every optimizer while any best is at an end of its grid",
+            "extensions": f"at most {EXTENSIONS}: one more trial for each while any best is at an end of its grid",
             "other hyperparameters": "documented defaults",
             "selection": "smallest mean final metric over the seeds; scores are 1 / metric where it is maximised",
         }
@@ -249,9 +249,8 @@ class Tuning:
             head = (str(data["problem"]), int(data["steps"]), str(data["metric"]), data["goal"], str(data["data"]))
             return cls(*head, tuple(data["seeds"]), optimizers, facts)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BenchError(
-                f"{path}: damaged or no tuning file ({type(error).__name__}: {error}); make one with guided-descent tune"
-            ) from None
+            what = f"{type(error).__name__}: {error}"
+            raise BenchError(f"{path}: damaged or no tuning ({what}); make one with guided-descent tune") from None
 
 
 def _read_trials(entry: Mapping[str, Any]) -> Trials:

@@ -189,8 +189,8 @@ def tune(
     """Find hyperparameters with the same number of trials for every optimizer; writes tuning.json for compare.
 
     12 trials each: six learning rates around the documented default, four values of one more knob (the auxiliary
-    learning rate of a hybrid such as muon, else the weight decay), two learning rates around the best. While any best is
-    at an end of its grid, and at most twice, every optimizer gets one more. Finished trials are not run again.
+    learning rate of a hybrid such as muon, else the weight decay), two learning rates around the best. While any best
+    is at an end of its grid, and at most twice, every optimizer gets one more. Finished trials are not run again.
     """
     from guided_descent.bench import tuning
     from guided_descent.bench.specs import format_hyper
@@ -209,7 +209,8 @@ def tune(
         seeds=range(seeds),
         workers=workers,
         display=display("trials"),
-        options={"eval_every": eval_every, "checkpoint_every": 0},
+        # One evaluation at the end is enough, unless the metric is the training loss since the last one.
+        options={"eval_every": eval_every or (steps if task.evaluate else None), "checkpoint_every": 0},
         facts={"command": this_command()},
     )
     path = out / "tuning.json"

@@ -122,6 +122,8 @@ class Slice:
             for owner, piece in zip(bucket.owners[i], bucket.blocks[i].pieces)
         ]
         self.whole = all(not piece.index for _, piece, _ in self.pieces)
+        as_they_are = self.whole and span is None and not bucket.dtype.is_complex
+        self._indices = [owner.index for owner, _, _ in self.pieces] if as_they_are else None
         self.p = self._rows([self._view(real(owner.tensor), piece) for owner, piece, _ in self.pieces])
         self.half = bucket.dtype in HALF
         self.work = work_dtype(bucket.dtype)
@@ -141,6 +143,8 @@ class Slice:
 
     def gradients(self, gradients: Sequence[Tensor | None]) -> Rows:
         """The rows of the gradients, by parameter index; views wherever the layout allows."""
+        if self._indices is not None:
+            return self._rows([g for g in map(gradients.__getitem__, self._indices) if g is not None])
         rows = []
         for owner, piece, _ in self.pieces:
             g = gradients[owner.index]
@@ -150,8 +154,8 @@ class Slice:
         return self._rows(rows)
 
     def aligned(self, gradients: Rows) -> bool:
-        """Whether the gradients lie in memory as the parameters do."""
-        return all(map(Tensor.is_contiguous, gradients.list))
+        """Whether the gradients lie in memory as the parameters do, in their dtype."""
+        return all(g.dtype is self.bucket.dtype and g.is_contiguous() for g in gradients.list)
 
     def gather(self) -> None:
         """Read factor state that is not contiguous in its stack."""

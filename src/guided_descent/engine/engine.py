@@ -95,7 +95,7 @@ class Engine:
         plan = self.bind()
         self._check_groups()
         gradients = self._gradients(plan)
-        plan = self.bind()
+        plan = self.binder.plan or self.bind()
         active = [i for i, g in enumerate(gradients) if g is not None]
         if not active or not self._finite(plan, gradients, active):
             return loss
@@ -124,7 +124,6 @@ class Engine:
             if p.tensor not in self.state:  # frozen until now
                 self.state[p.tensor] = {}
                 self.forget()
-        self.bind()
         return gradients
 
     def _finite(self, plan: Plan, gradients: Sequence[Tensor | None], active: Sequence[int]) -> bool:
@@ -172,14 +171,13 @@ class Engine:
 
     def _schedule(self, plan: Plan, gradients: Sequence[Tensor | None], active: Sequence[int]) -> list[Work]:
         """The slices to run: whole buckets where every row is active and at one step, else rows by step."""
-        everyone = len(active) == len(plan.parameters)
+        together = len(active) == len(plan.parameters) and len(set(plan.counts)) == 1
         found = []
         for bucket in plan.buckets:
             parts = self._awake(bucket)
-            by_step: dict[int, list[int]] = {}
-            for i, _, owners in bucket.members():
-                if everyone or all(gradients[p.index] is not None for p in owners):
-                    by_step.setdefault(plan.counts[owners[0].index] + 1, []).append(i)
+            by_step: dict[int, Sequence[int]] = {plan.counts[0] + 1: range(len(bucket.blocks))}
+            if not together:
+                by_step = self._by_step(plan, bucket, gradients)
             for step, rows in by_step.items():
                 slices = bucket.slices
                 if len(rows) != len(bucket.blocks):
@@ -187,9 +185,18 @@ class Engine:
                 found += [Work(piece, bucket, step, piece.gradients(gradients), parts) for piece in slices]
         return found
 
-    def _cut(self, bucket: Bucket, rows: list[int]) -> list[Slice]:
+    @staticmethod
+    def _by_step(plan: Plan, bucket: Bucket, gradients: Sequence[Tensor | None]) -> dict[int, Sequence[int]]:
+        """The blocks that have gradients, by the number of the update that they now get."""
+        found: dict[int, list[int]] = {}
+        for i, _, owners in bucket.members():
+            if all(gradients[p.index] is not None for p in owners):
+                found.setdefault(plan.counts[owners[0].index] + 1, []).append(i)
+        return dict(found)
+
+    def _cut(self, bucket: Bucket, rows: Sequence[int]) -> list[Slice]:
         """Slices of some blocks of a bucket, remembered, since the same ones come back."""
-        cuts = self.bind().cuts
+        cuts = (self.binder.plan or self.bind()).cuts
         key = (bucket, tuple(rows))
         if key not in cuts:
             if len(cuts) >= 256:
@@ -363,7 +370,7 @@ class Engine:
         x.ticks = {}
 
     def _phases(self, period: int) -> dict[str, int]:
-        plan = self.bind()
+        plan = self.binder.plan or self.bind()
         if period not in plan.phases:
             costs = {
                 block.key: sum(part.refresh_flops(block) for part in bucket.parts)

@@ -68,7 +68,8 @@ class Optimizer(torch.optim.Optimizer):
         self._typed = True
         for group, recipe in zip(groups, recipes):
             complete(group, recipe, seed)
-        super().__init__(groups, dict(recipes[0].values()) | ENGINE_KEYS)
+        super().__init__(groups, {})  # defaults would be written into every group, also of other recipes
+        self.defaults.update(recipes[0].values(), **ENGINE_KEYS)
         self._recipes.extend(recipes)
         self._typed = False
         binder = Binder(self.param_groups, self.state, self._recipes, blocks, tuple(add), workspace_mb)
@@ -79,7 +80,12 @@ class Optimizer(torch.optim.Optimizer):
         """Append one typed group."""
         complete(group, recipe, self._engine.seed)
         group["steps"], group["skipped"] = self.steps, self.skipped
-        self.add_param_group(group)
+        defaults = dict(self.defaults)
+        self.defaults.clear()
+        try:
+            self.add_param_group(group)
+        finally:
+            self.defaults.update(defaults)
         self._recipes.append(recipe)
 
     # -- training --------------------------------------------------------------------------------------------------

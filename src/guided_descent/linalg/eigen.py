@@ -154,7 +154,7 @@ def _retry(a: Tensor) -> tuple[Tensor, Tensor, int]:
 def _attempt(a: Tensor) -> tuple[Tensor, Tensor] | None:
     try:
         values, basis = torch.linalg.eigh(a)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return None
     return values, basis
 

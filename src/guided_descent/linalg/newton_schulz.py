@@ -22,7 +22,7 @@ STRIP = 192
 # Q is large where X is small, so rounding in G, which tilts its eigenvectors, makes QX overshoot in proportion to the
 # slopes of all steps of a segment but its last. What the last segment does wrong stays in the result. Limits of that
 # product for bfloat16, to be multiplied by the square root of the gain in precision: at 12 the overshoot was 2 % at
-# worst over momentum matrices of a transformer and power-law spectra; at 40 it reached 160 % and the iteration diverged.
+# worst over a transformer's momentum matrices and power-law spectra; at 40 it reached 160 %, and the run diverged.
 _LAST, _EARLIER = 4.0, 12.0
 _SLACK = 1.02  # what that error may add to the largest singular value at a restart
 
@@ -91,17 +91,17 @@ class Iteration:
     Args:
         x: [m, n] or [B, m, n] in the iteration's dtype; overwritten.
         work: Where the other buffers come from.
-        scale: The iteration runs on ``scale * x``; the factor is folded into the products and costs no pass over x.
 
     Attributes:
-        top: An upper bound of the largest singular value of ``scale * x``; lower it where a better one is known.
+        top: An upper bound of the largest singular value of x; lower it where a better one is known.
     """
 
-    def __init__(self, x: Tensor, work: Workspace, scale: float = 1.0) -> None:
+    def __init__(self, x: Tensor, work: Workspace) -> None:
         def take(tag: str, shape: Sequence[int]) -> Tensor:
             return work.take(f"newton_schulz.{tag}", tuple(shape), x.dtype, x.device)
 
-        self.x, self.scale, self.top = x, scale, 1.0
+        self.x, self.top = x, 1.0
+        self._scale = 1.0  # the run goes on with _scale x; the factor is folded into the products
         self.tall = x.shape[-2] > x.shape[-1]
         small = (*x.shape[:-2], min(x.shape[-2:]), min(x.shape[-2:]))
         self._g, self._z, self._q, self._t = (take(tag, small) for tag in "gzqt")
@@ -116,7 +116,7 @@ class Iteration:
         return self.gram(triples, out) if method == "gram" else self.symmetric(triples, out)
 
     def square(self) -> Tensor:
-        """G² of ``scale * x``; the first step will use it."""
+        """G² of x; the first step will use it."""
         self._gram()
         _symmetric(self._z, self._g, self._g)
         self._known = True
@@ -157,13 +157,13 @@ class Iteration:
                         self._g, self._z = self._z, self._g
             last = part is parts[-1]
             self._apply(self._q, out if last else None, slope)
-            self.scale = 1.0 if last else 1.0 / _SLACK
+            self._scale = 1.0 if last else 1.0 / _SLACK
         return self.x
 
     def _gram(self) -> None:
         if not self._known:
             left, right = (self.x.mT, self.x) if self.tall else (self.x, self.x.mT)
-            _symmetric(self._g, left, right, alpha=self.scale * self.scale)
+            _symmetric(self._g, left, right, alpha=self._scale * self._scale)
 
     def _polynomial(self, b: float, c: float) -> tuple[Tensor, float]:
         """A matrix P and a factor f with fP = bG + cG²."""
@@ -179,8 +179,8 @@ class Iteration:
         """X ← scale (aX + factor PX) from the short side, into ``out`` or the other large buffer."""
         target = self._other if out is None else out
         left, right = (self.x, p) if self.tall else (p, self.x)
-        _multiply(target, left, right, add=self.x, beta=a * self.scale, alpha=factor * self.scale)
-        self.x, self._other, self.scale = target, self.x, 1.0
+        _multiply(target, left, right, add=self.x, beta=a * self._scale, alpha=factor * self._scale)
+        self.x, self._other, self._scale = target, self.x, 1.0
 
 
 def _multiply(

@@ -110,12 +110,12 @@ def _each(
     adaptive = plan is None and eps is None
     scale = 1.0 / max(norm * (plan.safety if plan else 1.0), eps or 0.0)
     y = work.take("polar.x", x.shape, dtype, x.device)
-    if 1e-12 < norm < 1e12 and dtype != torch.float16:
-        y.copy_(x)
-    else:  # x, or its Gram matrix, would leave the range of float16 or float32
+    # Scaled before the cast: bfloat16 then rounds c x as it rounds x, and the result does not depend on the scale.
+    if out.dtype == x.dtype and 1e-30 < scale < 1e30:
+        y.copy_(torch.mul(x, scale, out=out))
+    else:
         y.copy_(x.double() * scale)
-        scale = 1.0
-    run = Iteration(y, work, scale)
+    run = Iteration(y, work)
     if adaptive:
         triples, run.top = _adapt(run.square())
     direct = out if out.dtype == dtype and out.is_contiguous() else None
@@ -158,12 +158,12 @@ def _norm(x: Tensor) -> Tensor:
     """Frobenius norm of each matrix [..., 1, 1], in float32 at least and without overflow or underflow."""
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     if x.device.type == "cpu":
-        norm = torch.linalg.vector_norm(
-            x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
-        )
+        narrow = torch.promote_types(x.dtype, torch.float32)
+        norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=narrow)
         if bool(((norm > 1e-15) & (norm < 1e15)).all()):
             return norm
-    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide)
+    return norm
 
 
 def _exact(x: Tensor) -> Tensor:
@@ -171,11 +171,12 @@ def _exact(x: Tensor) -> Tensor:
     wide = x.to(torch.float64)
     try:
         u, s, vh = torch.linalg.svd(wide, full_matrices=False)
-    except torch.linalg.LinAlgError:  # the transpose takes another path through the solver
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # the transpose takes another path
         vt, s, uh = torch.linalg.svd(wide.mT, full_matrices=False)
         u, vh = uh.mT, vt.mT
     floor = s.amax(-1, keepdim=True) * max(x.shape[-2:]) * torch.finfo(wide.dtype).eps
-    return (u * (s > floor).unsqueeze(-2)) @ vh
+    factor: Tensor = (u * (s > floor).unsqueeze(-2)) @ vh
+    return factor
 
 
 def _auto_dtype(x: Tensor) -> torch.dtype:
@@ -188,7 +189,7 @@ def _auto_dtype(x: Tensor) -> torch.dtype:
 def _fast_bfloat16(device: str) -> bool:
     """Whether this kind of device multiplies bfloat16 natively."""
     if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device == "cpu":
         probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
         return bool(probe and probe())
