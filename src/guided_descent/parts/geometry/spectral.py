@@ -34,12 +34,13 @@ class Polar(Part):
     coefficients: str = "coefficients"
     steps: str = "ns_steps"
     dtype: str = "ns_dtype"
+    method: str = "ns_method"
     eps: str = "eps"
 
     @property
     def keys(self) -> tuple[str, ...]:
         """Group keys it reads."""
-        return (self.coefficients, self.steps, self.dtype, self.eps)
+        return (self.coefficients, self.steps, self.dtype, self.method, self.eps)
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """None: the polar factor remembers nothing."""
@@ -54,6 +55,7 @@ class Polar(Part):
             steps=h[self.steps],
             dtype=NS_DTYPES[h[self.dtype]],
             eps=h[self.eps],
+            method=h[self.method],
             out=u,
             work=x.work,
         )

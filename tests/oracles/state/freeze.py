@@ -1,0 +1,57 @@
+"""Write the frozen checkpoint of a recipe: once, in the commit that adds it, and never again for the same format.
+
+    python tests/oracles/state/freeze.py adamw muon
+
+A file holds the parameters and state dict after some steps, three sets of gradients and the parameters that follow.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent.parent / "contracts"))
+
+from drive import SMALL, Net, evaluations, fill, has, make, parameters, push, take  # noqa: E402
+
+
+def freeze(key: str) -> Path:
+    """Make the file of one recipe."""
+    torch.set_num_threads(1)
+    path = HERE / "format-1" / f"{key}.pt"
+    if path.exists():
+        raise SystemExit(f"{path} exists: a frozen file is never rewritten")
+    net = Net()
+    options = {name: value for name, value in SMALL.items() if has(key, name)}
+    if has(key, "momentum"):
+        options["momentum"] = 0.9
+    opt = make(key, net, **options)
+    push(opt, 8, seed=1)
+    saved = {
+        "options": options,
+        "model": {name: value.clone() for name, value in net.state_dict().items()},
+        "optimizer": opt.state_dict(),
+        "steps": opt.steps,
+        "gradients": [],
+    }
+    saved["optimizer"]["state"] = {
+        number: {name: value.clone() for name, value in values.items()}
+        for number, values in saved["optimizer"]["state"].items()
+    }
+    for number in range(3):
+
+        def closure(number: int = number) -> None:
+            fill(net.parameters(), 100 + number)
+
+        take(opt, closure, evaluations(opt))
+        saved["gradients"].append({name: p.grad.clone() for name, p in net.named_parameters()})
+    torch.save(saved | {"expected": parameters(net)}, path)
+    return path
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        print(freeze(name))
