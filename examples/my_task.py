@@ -1,4 +1,4 @@
-"""A task of your own in one function; in this folder run: guided-descent compare my_task:make"""
+"""A task of your own in one function; in this folder run `guided-descent compare my_task:make`."""
 
 import torch
 from sklearn.datasets import load_digits
@@ -24,4 +24,4 @@ def make(seed: int) -> Problem:
     def evaluate(model):
         return {"test_loss": loss(model, (x[1400:], y[1400:])).item()}
 
-    return Problem(model=model, loss=loss, batches=batches, evaluate=evaluate, metric="test_loss", unit="nats", steps=200)
+    return Problem(model=model, loss=loss, batches=batches, evaluate=evaluate, metric="test_loss")

@@ -108,6 +108,26 @@ def explodes(seed: int) -> Problem:
     return Problem(model=model, loss=loss, batches=lambda step: step, steps=20)
 
 
+def singular(seed: int) -> Problem:
+    """The fourth batch makes a matrix singular."""
+    model = nn.Linear(2, 2)
+
+    def loss(model: nn.Module, scale: float) -> Tensor:
+        return torch.linalg.inv(scale * model.weight).square().sum()
+
+    return Problem(model=model, loss=loss, batches=[1.0, 1.0, 1.0, 0.0], steps=20)
+
+
+def steep(seed: int) -> Problem:
+    """A finite loss with an infinite gradient: the square root at zero."""
+    model = nn.Linear(3, 1)
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch).mean() + (0 * model(batch)).square().sum().sqrt()
+
+    return Problem(model=model, loss=loss, batches=lambda step: torch.ones(2, 3), steps=60, eval_every=60)
+
+
 def plain() -> Problem:
     """No seed, a list of batches, no evaluation."""
     model = nn.Linear(3, 1)

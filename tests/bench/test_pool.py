@@ -41,6 +41,13 @@ def fail_oddly(*, tick):
     raise Unpicklable("a", "b")
 
 
+def fail_for_a_reason(*, tick):
+    try:
+        raise OSError(28, "No space left on device")
+    except OSError as error:
+        raise BenchError("cannot save") from error
+
+
 def die(*, tick):
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -82,6 +89,13 @@ def test_an_error_is_raised_as_itself(workers):
 def test_an_error_that_cannot_travel_arrives_as_text():
     with pytest.raises(RuntimeError, match="Unpicklable: ab"):
         run_jobs([Job("odd", 1, fail_oddly)], workers=1)
+
+
+def test_an_error_keeps_its_cause():
+    with pytest.raises(BenchError, match="cannot save") as caught:
+        run_jobs([Job("full", 1, fail_for_a_reason)], workers=1)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert caught.value.__cause__.errno == 28
 
 
 def test_a_killed_worker_is_named():

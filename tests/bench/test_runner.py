@@ -20,6 +20,7 @@ import torch
 from tasks import ADAMW, STEPS, checkpoints, child, rows, train_torch
 
 import guided_descent
+from guided_descent.bench import session
 from guided_descent.bench.checkpoint import Checkpoints
 from guided_descent.bench.files import BenchError
 from guided_descent.bench.problem import tensor_hash, tensors
@@ -159,6 +160,22 @@ def test_a_signal_inside_a_step_or_a_microbatch_is_answered_after_the_step(refer
         del tasks.sender
 
 
+def test_evaluations_do_not_touch_the_training(tmp_path):
+    """They draw from every generator and switch the mode of dropout and batch norm."""
+    for every in (1, STEPS):
+        train_torch(NOISY, tmp_path / str(every), eval_every=every)
+    assert rows(tmp_path / "1", NOISY)[0] == rows(tmp_path / str(STEPS), NOISY)[0]
+
+
+def test_losses_since_the_last_evaluation_survive_a_kill(tmp_path):
+    train_torch("tasks:plain", tmp_path, checkpoint_every=1, keep=10)
+    before = rows(tmp_path, "tasks:plain")
+    for step in range(1, 10):
+        go_back(tmp_path, "tasks:plain", ADAMW, step)
+        train_torch("tasks:plain", tmp_path, checkpoint_every=1, keep=10)
+        assert rows(tmp_path, "tasks:plain") == before
+
+
 def test_a_signal_during_a_long_evaluation_is_answered_at_once(server, reference, tmp_path, monkeypatch):
     monkeypatch.setenv("WAIT_FOLDER", str(tmp_path))
     process = server.Process(target=waiting_child, args=(str(tmp_path), "tasks:waiting"))
@@ -222,6 +239,24 @@ def go_back(out: Path, ref: str, spec: OptimizerSpec, step: int) -> None:
         shutil.rmtree(folder / "checkpoints" / f"step-{later:08d}")
 
 
+def test_gradients_that_stay_infinite_end_the_run_as_diverged(tmp_path):
+    """The loss is finite, its gradient is not: our optimizers skip, and give up after a while."""
+    lines: list[str] = []
+    result = train("tasks:steep", OptimizerSpec("adamw"), out=tmp_path, warn=lines.append)
+    assert result.status == "diverged"
+    assert 20 <= result.skipped <= 30
+    assert "gave up with NonFiniteError" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("spec", "word"), [(OptimizerSpec("adamx"), "adamw"), (OptimizerSpec("adamw", {"lrr": 1}), "lrr")]
+)
+def test_misspelt_optimizers_and_hyperparameters_are_one_line(tmp_path, spec, word):
+    with pytest.raises(BenchError, match=word) as caught:
+        train("tasks:plain", spec, out=tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", guided_descent.list_optimizers())
 def test_our_optimizers_and_schedule_resume_bitwise(tmp_path, name):
     spec, options = OptimizerSpec(name), {"steps": 20, "checkpoint_every": 5, "keep": 4}
@@ -278,6 +313,24 @@ def test_an_optimizer_that_breaks_down_counts_as_diverged(tmp_path):
     )
     assert (result.status, result.steps) == ("diverged", 1)
     assert lines == ["step 1: the optimizer gave up with LinAlgError: eigh did not converge"]
+
+
+def test_losses_that_are_read_late_change_nothing(reference, tmp_path, monkeypatch):
+    """As on a GPU: 16 at a time, or when an evaluation, a checkpoint or the end needs them."""
+    monkeypatch.setattr(session, "CPU_FLUSH", 16)
+    train_torch(NOISY, tmp_path, checkpoint_every=5, keep=20)
+    assert_same_run(tmp_path, reference)
+    go_back(tmp_path, NOISY, ADAMW, 20)
+    train_torch(NOISY, tmp_path)
+    assert_same_run(tmp_path, reference)
+    assert train_torch("tasks:explodes", tmp_path).status == "diverged"
+
+
+def test_a_loss_that_breaks_down_numerically_is_a_divergence(tmp_path):
+    lines: list[str] = []
+    result = train_torch("tasks:singular", tmp_path, warn=lines.append)
+    assert (result.status, result.steps) == ("diverged", 4)
+    assert "LinAlgError" in lines[0]
 
 
 def test_a_loss_that_fails_in_the_middle_is_one_line_and_rows_stay(tmp_path):

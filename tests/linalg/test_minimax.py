@@ -1,4 +1,4 @@
-"""The computed schedules: equioscillation, optimality against dense search, the published first step, and the ladder."""
+"""The computed schedules: equioscillation, the published first step, the promised ranges; and the tables."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_equioscillation(ratio, hi, degree):
 
 
 def test_the_published_first_step():
-    """Polar Express' first step is the best step for [0.0241, 1], centred anew for [0.001, 1]; safety 0.01 taken out."""
+    """Polar Express' first step is the best step for [0.0241, 1], centred anew for [0.001, 1], with safety 0.01."""
     lo, cushion = 1e-3, 0.02407327424182761
     triple, error = best_step(cushion, 1.0)
     k = 2.0 / (value(triple, lo) + 1.0 + error)
@@ -117,7 +117,7 @@ def test_a_range_that_is_a_point():
 
 RANGES = {  # lower end of the domain: where its singular values end
     "jordan": (3e-3, 0.68, 1.205),
-    "polar_express": (1e-3, 0.858, 1.142),
+    "polar_express": (1e-3, 0.85, 1.15),
     "polar_express_raw": (1e-3, 0.99, 1.01),
     "you": (1e-2, 0.97, 1.04),
     "cans": (1e-3, 0.86, 1.12),

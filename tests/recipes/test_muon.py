@@ -106,9 +106,7 @@ def test_exact_is_orthogonal(dtype: torch.dtype, limit: float) -> None:
 # -- equal maps take equal steps ---------------------------------------------------------------------------------------
 
 
-def same_as_apart(
-    whole: Tensor, role: str | None, parts: list[Tensor], split: Any, steps: int = 8, **rule: Any
-) -> float:
+def same_as_apart(whole: Tensor, role: str, parts: list[Tensor], apart_of: Any, steps: int = 8, **rule: Any) -> float:
     """Train one stored tensor and its parts as matrices of their own; the largest difference of the two."""
     options: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.1, "ns_dtype": "float32"}
     together = Bag({"w": whole})
@@ -122,11 +120,11 @@ def same_as_apart(
         g = stream(whole.shape, 1)(t, torch.zeros_like(whole))
         [w] = together.parameters()
         w.grad = g
-        for p, part in zip(apart.parameters(), split(g)):
+        for p, part in zip(apart.parameters(), apart_of(g)):
             p.grad = part.clone()
         opt.step()
         other.step()
-        worst = max([worst, *(far([a], [p.detach()]) for a, p in zip(split(w.detach()), apart.parameters()))])
+        worst = max([worst, *(far([a], [p.detach()]) for a, p in zip(apart_of(w.detach()), apart.parameters()))])
     assert far([w.detach()], [whole]) > 0.1
     return worst
 
@@ -148,8 +146,8 @@ def test_fused_grouped_queries() -> None:
 
     whole = torch.randn(8 * dim, inner)
     sizes = (4 * dim, 2 * dim, 2 * dim)
-    assert same_as_apart(whole, None, qkv(whole), qkv, split=sizes) < 1e-6
-    assert same_as_apart(whole, None, heads(whole), heads, split=sizes, heads=4) < 1e-6
+    assert same_as_apart(whole, "fused", qkv(whole), qkv, split=sizes) < 1e-6
+    assert same_as_apart(whole, "fused", heads(whole), heads, split=sizes, heads=4) < 1e-6
 
 
 def test_grouped_queries_of_a_module_that_declares_its_heads() -> None:
@@ -225,15 +223,15 @@ def test_storage_in_out_takes_the_step_of_its_linear_twin(scale: str) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.last(self.second(torch.tanh(self.first(x))))
 
-    stored = Net(Conv1D(15, 6), Conv1D(6, 15))
-    twin = Net(nn.Linear(6, 15), nn.Linear(15, 6))
+    stored = Net(Conv1D(15, 6), Conv1D(6, 15)).double()  # float64, as gradients of rank 2 leave noise to amplify
+    twin = Net(nn.Linear(6, 15), nn.Linear(15, 6)).double()
     with torch.no_grad():
         for mine, theirs in ((stored.first, twin.first), (stored.second, twin.second)):
             theirs.weight.copy_(mine.weight.T)
             theirs.bias.copy_(mine.bias)
         twin.last.load_state_dict(stored.last.state_dict())
-    x, y = torch.randn(20, 6), torch.randn(20, 2)
-    opts = [gd.Muon(net, lr=0.02, scale=scale, ns_dtype="float32") for net in (stored, twin)]
+    x, y = torch.randn(20, 6).double(), torch.randn(20, 2).double()
+    opts = [gd.Muon(net, lr=0.02, scale=scale) for net in (stored, twin)]
     for _ in range(5):
         for net, opt in zip((stored, twin), opts):
             opt.zero_grad()
@@ -241,7 +239,7 @@ def test_storage_in_out_takes_the_step_of_its_linear_twin(scale: str) -> None:
             opt.step()
     assert opts[0].audit() == opts[1].audit() == {f"{n}.weight": {"orthogonalizations": 5} for n in ("first", "second")}
     for mine, theirs in ((stored.first, twin.first), (stored.second, twin.second)):
-        torch.testing.assert_close(mine.weight.T, theirs.weight, atol=1e-5, rtol=0)
+        torch.testing.assert_close(mine.weight.T, theirs.weight, atol=1e-9, rtol=0)
 
 
 # -- invariances -------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -150,7 +151,7 @@ class _Pool:
             self.display.finished(worker.number, content[0])
             self._next(worker)
         else:
-            raise content[0]
+            raise _joined(content[0])
 
     def _stop(self) -> None:
         """Idle workers end at once; busy ones are told to save, and killed only when they do not answer."""
@@ -207,13 +208,24 @@ def _work(pipe: Connection, parent: int) -> None:
         _quietly(pipe.send, message)
 
 
-def _portable(error: Exception) -> Exception:
-    """The error if it survives pickling, else its text."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+def _portable(error: BaseException) -> list[BaseException]:
+    """The error and what caused it, each as itself if it survives pickling, else as text."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None:
+        try:
+            chain.append(pickle.loads(pickle.dumps(link)))
+        except Exception:
+            chain.append(RuntimeError(f"{type(link).__name__}: {link}"))
+        link = link.__cause__ or link.__context__
+    return chain
+
+
+def _joined(chain: Sequence[BaseException]) -> BaseException:
+    """The error with its causes, which pickling drops, behind it again."""
+    for error, cause in pairwise(chain):
+        error.__cause__ = cause
+    return chain[0]
 
 
 def _quietly(send: Callable[[Any], None], message: Any) -> None:

@@ -130,7 +130,7 @@ def train(
             try:
                 optimizer = build_optimizer(task.model, spec)
             except (TypeError, ValueError, KeyError) as error:
-                raise BenchError(f"optimizer {spec.name!r}: {error}") from error
+                raise BenchError(f"optimizer {spec.name!r}: {' '.join(str(error).split())}") from error
             scheduler = build_schedule(optimizer, schedule, steps)
             save_every = max(1, steps // 4) if checkpoint_every is None else checkpoint_every
             checkpoints = Checkpoints(folder / CHECKPOINTS, keep)

@@ -30,12 +30,13 @@ from guided_descent.bench.store import (
     Status,
     read_metrics,
 )
+from guided_descent.engine import NonFiniteError
 
 PROBE_EVERY = 10  # steps between measurements of gradient norm and update size; they are outside the timers
 WARM_STEPS = 10  # steps left out of the mean step time
-GPU_FLUSH = 16  # losses read from a GPU at a time; on the CPU each is read at once
+CPU_FLUSH, GPU_FLUSH = 1, 16  # losses that are read at a time: reading one makes the host wait for the GPU
 TICK_SECONDS = 0.1
-BREAKDOWN = (FloatingPointError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]  # ends a run as diverged
+BREAKDOWN = (NonFiniteError, FloatingPointError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]  # ends a run as diverged
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self.model, self.parameters = self.problem.model, self.problem.trainable()
-        self.flush_every = 1 if self.config.device == "cpu" else GPU_FLUSH
+        self.flush_every = CPU_FLUSH if self.config.device == "cpu" else GPU_FLUSH
         self.step = 0  # steps finished
         self.evaluated = -1  # step of the last evaluation
         self.seconds = 0.0  # wall seconds of all steps
@@ -137,7 +138,7 @@ class Session:
             model.start()
             self.optimizer.zero_grad(set_to_none=True)
             loss: Tensor = self._call("the loss", self.problem.loss, self.model, batch)
-            loss.backward()  # type: ignore[no-untyped-call]
+            self._call("backward", loss.backward)
             if self.config.clip is not None:
                 norms.append(nn.utils.clip_grad_norm_(self.parameters, self.config.clip))
             losses.append(loss.detach())
@@ -165,7 +166,7 @@ class Session:
         if probe:
             moved = _norm(p.detach() - old for p, old in zip(self.parameters, before, strict=True))
             row["update_rms"] = moved / math.sqrt(sum(p.numel() for p in self.parameters))
-        self.pending.append((row, losses[0]))
+        self.pending.append((row, losses[0] if losses else torch.tensor(math.nan)))
         if len(self.pending) >= self.flush_every:
             self._flush()
         self._tick()

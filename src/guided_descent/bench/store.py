@@ -7,6 +7,7 @@ Layout::
         metrics.jsonl    what happened: one JSON object per line, appended
         result.json      how it ended: written once, at the end; absent while a run is unfinished or interrupted
         checkpoints/     see ``checkpoint.py``
+        .lock            held by the process that trains here; it says nothing when nobody holds it
 
 Folder names are ``slug(workload)`` and ``slug(label)``; the exact names stand in ``config.json``. All files are UTF-8
 JSON without NaN or Infinity: a number that is not finite is ``null``. Each carries ``"format": 1``; a reader ignores

@@ -23,9 +23,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
     Set ``GUIDED_DESCENT_TRACEBACK=1`` to see the traceback as well.
     """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         with terminate_as_exception():
-            code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+            code = app(args=arguments or ["--help"], standalone_mode=False)
         return code if isinstance(code, int) else OK
     except Stopped as stop:
         return say(

@@ -32,11 +32,22 @@ app = typer.Typer(
     "Start with [bold]guided-descent compare[/bold]: in a few minutes it trains four optimizers on real text and "
     "writes a report page. Every command has --help with examples, and --json.",
     epilog=" ".join(EXIT_CODES.split()),
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+
+
+def count(least: int, text: str, default: str | None = None) -> Any:
+    """An option for a whole number that must not be below ``least``; ``default`` is what the help shows for None."""
+
+    def check(value: int | None) -> int | None:
+        if value is not None and value < least:
+            raise typer.BadParameter(f"{value} is too small, it must be {least} or more")
+        return value
+
+    return typer.Option(callback=check, help=text, show_default=default or True)
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
 Optimizers = Annotated[
@@ -48,12 +59,10 @@ Optimizers = Annotated[
         help="An optimizer, with hyperparameters if wanted: -o muon:lr=0.02,momentum=0.95. Repeat for more.",
     ),
 ]
-Steps = Annotated[
-    int | None, typer.Option(min=1, help="Optimizer steps per run.", show_default="the task's own number")
-]
-Workers = Annotated[int, typer.Option(min=0, help="Worker processes of one thread each; 0: this process.")]
+Steps = Annotated[int | None, count(1, "Optimizer steps per run.", "the task's own number")]
+Workers = Annotated[int, count(0, "Worker processes of one thread each; 0: this process.")]
 Out = Annotated[Path, typer.Option(help="Folder for runs and results; made if missing.", file_okay=False)]
-EvalEvery = Annotated[int | None, typer.Option(min=1, help="Steps between evaluations.", show_default="the task's own")]
+EvalEvery = Annotated[int | None, count(1, "Steps between evaluations.", "the task's own number")]
 
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from guided_descent.bench.checkpoint import CheckpointError
 from guided_descent.bench.files import BenchError
 from guided_descent.bench.pool import Stopped
 
@@ -40,7 +41,8 @@ def explain_error(error: BaseException) -> tuple[str, int]:
     if isinstance(error, CommandError):
         return str(error), error.code
     if hasattr(error, "format_message"):  # typer's own: a wrong option or argument
-        return f"{error.format_message().rstrip('.')}; see --help", USAGE
+        text = str(error.format_message()).rstrip(".")
+        return (f"{text} See --help" if text.endswith("?") else f"{text}; see --help"), USAGE
     chain, seen = [error], error
     while (seen := seen.__cause__ or seen.__context__) is not None:  # type: ignore[assignment]
         chain.append(seen)
@@ -48,8 +50,8 @@ def explain_error(error: BaseException) -> tuple[str, int]:
     if isinstance(error, BenchError):
         if disk is not None and disk.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
             return str(error), UNWRITABLE
-        damaged = any(isinstance(e, json.JSONDecodeError) for e in chain) or "damaged" in str(error)
-        return str(error), CORRUPT if damaged else USAGE
+        damaged = isinstance(error, CheckpointError) or any(isinstance(e, json.JSONDecodeError) for e in chain)
+        return str(error), CORRUPT if damaged or "damaged" in str(error) else USAGE
     if isinstance(error, OSError) and disk is not None:
         place = f" {disk.filename}" if disk.filename else ""
         return f"cannot read or write{place}: {disk.strerror}; check the path, permissions and free space", UNWRITABLE

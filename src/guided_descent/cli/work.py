@@ -21,6 +21,7 @@ from guided_descent.cli.common import (
     Workers,
     check_task,
     command,
+    count,
     display,
     outcome,
     print_json,
@@ -41,15 +42,15 @@ def train(
     optimizer: Annotated[
         str, typer.Option("--optimizer", "-o", metavar="NAME[:KEY=VALUE,...]", help="For example muon:lr=0.02.")
     ] = "adamw",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of initial weights and data order.")] = 0,
+    seed: Annotated[int, count(0, "Seed of initial weights and data order.")] = 0,
     steps: Steps = None,
     out: Out = Path("runs"),
     eval_every: EvalEvery = None,
     checkpoint_every: Annotated[
         int | None,
-        typer.Option(min=0, help="Steps between checkpoints; 0: only at an interruption.", show_default="1/4 run"),
+        count(0, "Steps between checkpoints; 0: only at an interruption.", "a quarter of the run"),
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    threads: Annotated[int, count(1, "CPU threads.")] = 1,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the run's folder holds and start again.")] = False,
     as_json: Json = False,
 ) -> int:
@@ -86,7 +87,7 @@ def compare(
         ),
     ] = None,
     optimizer: Optimizers = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs per optimizer; seeds 100, 101, ...")] = 3,
+    seeds: Annotated[int, count(1, "Runs per optimizer; seeds 100, 101, ...")] = 3,
     steps: Steps = None,
     out: Out = Path("runs/compare"),
     workers: Workers = 2,
@@ -96,7 +97,7 @@ def compare(
             help="Where learning rates come from: auto (what comes with the package), none, or a file of tune."
         ),
     ] = "auto",
-    timing_rounds: Annotated[int, typer.Option(min=0, help="Blocks of 10 steps in the timing pass; 0: no timing.")] = 3,
+    timing_rounds: Annotated[int, count(0, "Blocks of 10 steps in the timing pass; 0: no timing.")] = 3,
     eval_every: EvalEvery = None,
     page: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html and PNGs.")] = True,
     as_json: Json = False,
@@ -180,7 +181,7 @@ def tune(
         list[str] | None, typer.Option("--optimizer", "-o", metavar="NAME", help="An optimizer. Repeat for more.")
     ] = None,
     steps: Steps = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds per trial: 0, 1, ... (below 100).", max=100)] = 2,
+    seeds: Annotated[int, count(1, "Seeds per trial: 0, 1, ... (below 100).")] = 2,
     out: Out = Path("runs/tune"),
     workers: Workers = 2,
     eval_every: EvalEvery = None,

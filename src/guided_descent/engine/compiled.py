@@ -1,7 +1,7 @@
 """Compiled mode: the parts of a slice as one graph, with every number that may change as a tensor.
 
-Learning rate, decay, betas and step enter as 0-d tensors, so that a schedule needs no new graph. The first update of a
-slice and its refreshes stay eager: they happen rarely and call solvers.
+Learning rate, decay, betas and step enter as 0-d tensors, so that a schedule needs no new graph. The first two updates
+of a slice, where state begins, and its refreshes stay eager: they happen rarely and call solvers.
 """
 
 from __future__ import annotations

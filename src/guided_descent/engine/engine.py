@@ -234,7 +234,7 @@ class Engine:
             w.bucket.kernel.run(w.slice.p, w.gradients, w.slice.state, h, step, w.bucket.scales)
             return
         w.batch = self._begin(w)
-        if self.compiled is not None and w.step > 1:
+        if self.compiled is not None and w.step > 2:
             w.batch.w = self._open(w)
             w.batch.ticks = self.compiled.run(w.slice, w.parts, w.batch.g, w.batch.w, h, w.step)
         else:

@@ -73,6 +73,8 @@ def load(engine: Engine, state_dict: Mapping[str, Any]) -> None:
     plan = engine.bind()
     saved = _read(state_dict["state"], saved_groups)
     pairs = _match([(p.name, p.group) for p in plan.parameters], saved)
+    order = {p.group: entry.group for p, entry in zip(plan.parameters, pairs)}
+    saved_groups = [saved_groups[order.get(index, index)] for index in range(len(saved_groups))]
     updates = [
         _group_update(group, recipe, from_, index)
         for index, (group, recipe, from_) in enumerate(zip(engine.groups, engine.recipes, saved_groups))
@@ -166,10 +168,15 @@ def _match(own: Sequence[tuple[str, int]], saved: Sequence[Saved]) -> list[Saved
                 f"the state dict is of other parameters: it lacks {missing[:3]} and holds {extra[:3]} beside; load it "
                 "into an optimizer of the same model"
             )
-        moved = [name for name, group in own if by_name[name].group != group]
-        if moved:
+        theirs_of: dict[int, int] = {}  # their group of each of ours: the order of groups may differ, the sets may not
+        for name, group in own:
+            if theirs_of.setdefault(group, by_name[name].group) != by_name[name].group:
+                raise ValueError(
+                    f"parameter {name!r} is in another param group in the state dict: build with the same rules"
+                )
+        if len(set(theirs_of.values())) != len(theirs_of):
             raise ValueError(
-                f"parameter {moved[0]!r} is in another param group in the state dict: build with the same rules"
+                "the state dict keeps in one param group what is in several here: build with the same rules"
             )
         return [by_name[name] for name, _ in own]
     counts = [sum(group == g for _, group in own) for g in range(1 + max((g for _, g in own), default=0))]

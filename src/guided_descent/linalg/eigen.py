@@ -62,6 +62,7 @@ def eigenbasis(a: Tensor, *, descending: bool = True) -> Eigen:
     values = values * scale[:, None]
     if descending:
         values, basis = values.flip(-1), basis.flip(-1)
+    basis[fallbacks == FAILED] = torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device)
     lead = a.shape[:-2]
     return Eigen(values.reshape(*lead, -1), basis.reshape(a.shape), fallbacks.reshape(lead))
 

@@ -110,6 +110,8 @@ class Iteration:
 
     def run(self, triples: Sequence[Triple], method: str = "auto", out: Tensor | None = None) -> Tensor:
         """The result of the cheaper form, or of the one named, in ``out`` or in a buffer."""
+        if method == "auto" and self.x.device.type != "cpu":
+            method = "symmetric"  # the Gram form is only accurate in half precision with the shift of _polynomial
         if method == "auto":
             parts = len(segments(triples, self.x.dtype, self.top))
             method = "gram" if prefers_gram(self.x.shape, triples, parts) else "symmetric"
@@ -123,40 +125,35 @@ class Iteration:
         return self._z
 
     def symmetric(self, triples: Sequence[Triple], out: Tensor | None = None) -> Tensor:
-        """X ← aX + (bG + cG²)X, once per triple. The result is ``out``, or a buffer."""
-        for i, (a, b, c) in enumerate(triples):
+        """X ← h(G) X with h(G) = aI + bG + cG², once per triple. The result is ``out``, or a buffer."""
+        for i, triple in enumerate(triples):
             self._gram()
-            p, factor = self._polynomial(b, c)
-            self._apply(p, out if i == len(triples) - 1 else None, a, factor)
+            self._apply(*self._polynomial(*triple), out if i == len(triples) - 1 else None)
         return self.x
 
     def gram(self, triples: Sequence[Triple], out: Tensor | None = None) -> Tensor:
-        """The same on the short side: Q ← Q h(G) and G ← G h(G)² with h(G) = aI + bG + cG², and X ← QX at the end.
+        """The same on the short side: Q ← Q h(G) and G ← h(G) G h(G), and X ← QX at the end of each segment.
 
         Source:
             Zhang, Amsel, Chen, Dao 2026, Gram Newton-Schulz.
         """
         parts = segments(triples, self.x.dtype, self.top)
-        slope = 1.0
         for part in parts:
             self._gram()
-            for i, (a, b, c) in enumerate(part):
-                z, f = self._polynomial(b, c)
-                if i == 0:  # Q = slope I + q: bfloat16 would round the large diagonal of Q, all of it the same way
-                    torch.mul(z, f, out=self._q)
-                    slope = a
+            for i, triple in enumerate(part):
+                p, alpha, f = self._polynomial(*triple)  # h(G) = alpha I + fP
+                if i == 0:
+                    torch.mul(p, f, out=self._q)
+                    mean = alpha  # Q = mean I + q
                 else:
-                    _multiply(self._t, self._q, z, add=z, beta=slope * f, alpha=f)
-                    self._q, self._t = self._t.add_(self._q, alpha=a), self._q
-                    slope *= a
+                    _multiply(self._t, self._q, p, add=p, beta=mean * f, alpha=f)
+                    self._q, self._t = self._t.add_(self._q, alpha=alpha), self._q
+                    mean *= alpha
                 if i < len(part) - 1:
-                    _multiply(self._t, self._g, z, add=self._g, beta=a, alpha=f)
-                    new = self._z if z is self._g else self._g
-                    _symmetric(new, z, self._t, add=self._t, beta=a, alpha=f)
-                    if z is self._g:
-                        self._g, self._z = self._z, self._g
+                    _multiply(self._t, self._g, p, add=self._g, beta=alpha, alpha=f)
+                    _symmetric(self._g, p, self._t, add=self._t, beta=alpha, alpha=f)
             last = part is parts[-1]
-            self._apply(self._q, out if last else None, slope)
+            self._apply(self._q, mean, 1.0, out if last else None)
             self._scale = 1.0 if last else 1.0 / _SLACK
         return self.x
 
@@ -165,21 +162,34 @@ class Iteration:
             left, right = (self.x.mT, self.x) if self.tall else (self.x, self.x.mT)
             _symmetric(self._g, left, right, alpha=self._scale * self._scale)
 
-    def _polynomial(self, b: float, c: float) -> tuple[Tensor, float]:
-        """A matrix P and a factor f with fP = bG + cG²."""
-        known, self._known = self._known, False
-        if c == 0.0:
-            return self._g, b
-        if known:
-            return self._z.add_(self._g, alpha=b / c), c
-        _symmetric(self._z, self._g, self._g, add=self._g, beta=b, alpha=c)
-        return self._z, 1.0
+    def _polynomial(self, a: float, b: float, c: float) -> tuple[Tensor, float, float]:
+        """P, alpha and f with alpha I + fP = aI + bG + cG².
 
-    def _apply(self, p: Tensor, out: Tensor | None, a: float, factor: float = 1.0) -> None:
-        """X ← scale (aX + factor PX) from the short side, into ``out`` or the other large buffer."""
+        Where reading a number is free, alpha takes the mean of the diagonal with it: Q and h(G) are then small where
+        they are close to a multiple of I, as they are for a flat spectrum, and rounding does not swamp them.
+        """
+        known, self._known = self._known, False
+        p, f = self._z, 1.0
+        if c == 0.0:
+            p.copy_(self._g)
+            f = b
+        elif known:
+            p.add_(self._g, alpha=b / c)
+            f = c
+        else:
+            _symmetric(p, self._g, self._g, add=self._g, beta=b, alpha=c)
+        if p.ndim > 2 or p.device.type != "cpu":
+            return p, a, f
+        diagonal = p.diagonal()
+        mean = float(diagonal.mean())
+        diagonal.sub_(mean)
+        return p, a + f * mean, f
+
+    def _apply(self, p: Tensor, alpha: float, f: float, out: Tensor | None) -> None:
+        """X ← alpha X + fPX from the short side, into ``out`` or the other large buffer."""
         target = self._other if out is None else out
         left, right = (self.x, p) if self.tall else (p, self.x)
-        _multiply(target, left, right, add=self.x, beta=a * self._scale, alpha=factor * self._scale)
+        _multiply(target, left, right, add=self.x, beta=alpha * self._scale, alpha=f * self._scale)
         self.x, self._other, self._scale = target, self.x, 1.0
 
 

@@ -90,16 +90,15 @@ class AdamMoments(Part):
 
     ``m <- b1 m + (1 - b1) u``, ``v <- b2 v + (1 - b2) u^2``, ``u <- (m / bc1) / (sqrt(v / bc2) + eps)`` with
     ``bc = 1 - b^t``. With ``late_correction`` the corrections multiply the finished quotient,
-    ``u <- sqrt(bc2) / bc1 * m / (sqrt(v) + eps)``, the form of SOAP and of the paper's efficient version; with
-    ``silent_first`` the counter leaves out a first call that made no update. ``amsgrad`` divides by the running maximum
-    of ``v``. State: ``exp_avg``, ``exp_avg_sq`` (and ``max_exp_avg_sq``). Source: Kingma and Ba 2014, 1412.6980.
+    ``u <- sqrt(bc2) / bc1 * m / (sqrt(v) + eps)``, the form of SOAP and of the paper's efficient version. ``amsgrad``
+    divides by the running maximum of ``v``. State: ``exp_avg``, ``exp_avg_sq`` (and ``max_exp_avg_sq``). Source: Kingma
+    and Ba 2014, 1412.6980.
     """
 
     betas: str = "betas"
     eps: str = "eps"
     amsgrad: bool = False
     late_correction: bool = False
-    silent_first: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -115,8 +114,7 @@ class AdamMoments(Part):
         """Advance both moments and divide."""
         beta1, beta2 = h[self.betas]
         eps = h[self.eps] * x.eps_scale
-        step = x.step - 1 if self.silent_first else x.step
-        root2 = (1 - beta2**step) ** 0.5
+        root2 = (1 - beta2**x.step) ** 0.5
         first, second = s["exp_avg"], s["exp_avg_sq"]
         first.lerp_(x.u, 1 - beta1)
         second.mul_(beta2).addcmul_(x.u, x.u, 1 - beta2)
@@ -126,7 +124,7 @@ class AdamMoments(Part):
         if not self.late_correction:
             denominator.div_(root2)
         denominator.add_(eps).rdiv_(first)
-        x.scale((root2 if self.late_correction else 1.0) / (1 - beta1**step))
+        x.scale((root2 if self.late_correction else 1.0) / (1 - beta1**x.step))
 
     def flops(self, block: Block) -> float:
         """About 12 per element."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from guided_descent.parts.base import Batch, Hyper, Part, State
@@ -71,8 +72,20 @@ class Decoupled(Part):
             return
         rate: Number = h[self.lr]
         if self.independent:
-            rate = rate / h.get("initial_lr", h["peak_lr"])
+            rate = _share(rate, h.get("initial_lr", h["peak_lr"]))
         writable(x).mul_(1 - rate * h[self.weight_decay] * x.wd_scale)
+
+
+def _share(rate: Number, peak: Number) -> Number:
+    """The learning rate as a part of its peak; 0 where both are 0."""
+    if isinstance(peak, Tensor):
+        return rate / torch.where(peak == 0, torch.inf, peak)
+    if peak == 0 and rate != 0:
+        raise ValueError(
+            f"decay='independent' is in units of the peak learning rate, which was 0 when the optimizer was built, and "
+            f"lr is now {float(rate)}: build with the peak learning rate and let a scheduler warm it up"
+        )
+    return rate / peak if peak else 0.0
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ shapes only, never on ranks, and know nothing of optimizers.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from torch import Tensor
@@ -55,7 +55,7 @@ class Piece:
 
     name: str
     shape: tuple[int, ...]
-    index: tuple[slice, ...] = ()
+    index: tuple[slice, ...] = field(default=(), hash=False)  # slices have no hash before Python 3.12
     perm: tuple[int, ...] | None = None
 
     def of(self, tensor: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class Eigenbasis(Part):
 
     The bases are those of ``L = EMA[G G^T]`` and ``R = EMA[G^T G]``.
     The first call sets L, R and their exact eigenbases and makes no update, so that no gradient is ever projected onto
-    a basis made of it alone. Every ``frequency`` steps the columns are sorted by ``diag(Q^T A Q)`` and one step of
+    a basis made of it alone; the inner part's step counter leaves it out. Every ``frequency`` steps the columns are sorted by ``diag(Q^T A Q)`` and one step of
     orthogonal iteration is taken (``refresh_method`` ``qr``), or the bases are solved anew (``eigh``). The inner part's
     ``vector`` slots are rotated along, its ``square`` slots follow the permutation. A side longer than ``max_dim``
     keeps the identity. State: ``left``, ``right`` and ``left_basis``, ``right_basis``, ``[m, m]`` and ``[n, n]``, at
@@ -32,7 +32,7 @@ class Eigenbasis(Part):
 
     slot: ClassVar[str] = "geometry"
     unit: ClassVar[Unit] = "matrix"
-    inner: Part = field(default_factory=lambda: AdamMoments(late_correction=True, silent_first=True))
+    inner: Part = field(default_factory=lambda: AdamMoments(late_correction=True))
     beta: str = "shampoo_beta"
     frequency: str = "precondition_frequency"
     method: str = "refresh_method"
@@ -57,6 +57,11 @@ class Eigenbasis(Part):
             slots[f"{side}_basis"] = Slot("factor", (*lead, d, d))
         return slots | self.inner.slots(block)
 
+    def begin(self, s: State, h: Hyper, step: int) -> None:
+        """Advance the scalar state of the inner part, which does not count the first call."""
+        if step > 1:
+            self.inner.begin(s, h, step - 1)
+
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Advance the factors, then run the inner part between a rotation and its inverse."""
         g = x.own().whole
@@ -71,7 +76,10 @@ class Eigenbasis(Part):
             x.hold()
             return
         self._rotate(x, g, s, into=True)
+        number = x.step
+        x.step, x.first = number - 1, not isinstance(number, Tensor) and number == 2  # the first call does not count
         self.inner.update(x, s, h, total)
+        x.step, x.first = number, False
         self._rotate(x, x.own().whole, s, into=False)
 
     def refresh(self, x: Batch, s: State, h: Hyper) -> None:

@@ -1,0 +1,74 @@
+"""The forecast of memory is the memory: state by shape, dtype and rounding mode, and what a checkpoint writes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from drive import Net, evaluations, make, push
+from torch import nn
+
+import guided_descent as gd
+
+
+class Shapes(nn.Module):
+    """Convolutions, fused maps, experts, recurrent gates and degenerate shapes."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.depthwise = nn.Conv1d(4, 4, 3, groups=4)
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.lstm = nn.LSTM(4, 6)
+        self.tall = nn.Linear(3, 9)
+        self.same = nn.Linear(3, 9)
+        self.norm = nn.BatchNorm1d(5)
+        self.row = nn.Parameter(torch.randn(1, 7))
+        self.column = nn.Parameter(torch.randn(7, 1))
+        self.scalar = nn.Parameter(torch.tensor(1.0))
+        self.empty = nn.Parameter(torch.zeros(0, 4))
+        self.none = nn.Parameter(torch.zeros(0))
+        self.frozen = nn.Parameter(torch.randn(4, 4), requires_grad=False)
+        self.to(dtype)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "compensated", "master", "stochastic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model", [Net, Shapes])
+def test_the_forecast_is_what_is_held(key: str, model: type[nn.Module], dtype: torch.dtype, rounding: str) -> None:
+    net = model(dtype)
+    opt = make(key, net, rounding=rounding)
+    forecast = gd.explain(opt).state_bytes
+    assert forecast == opt.state_bytes()
+    push(opt, 4)
+    assert opt.state_bytes() == forecast == gd.explain(opt).state_bytes
+    saved = opt.state_dict()["state"].values()
+    tensors = [value for values in saved for value in values.values() if isinstance(value, torch.Tensor)]
+    assert sum(t.numel() * t.element_size() for t in tensors) == forecast
+    # a view of a stack would write the whole stack into the file
+    assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in tensors)
+
+
+def test_complex_state_is_forecast_too(key: str) -> None:
+    p = nn.Parameter(torch.randn(3, 4, dtype=torch.complex64))
+    opt = make(key, [("p", p)])
+    push(opt, 2)
+    assert gd.explain(opt).state_bytes == opt.state_bytes()
+
+
+def test_materialized_state_is_all_of_it(key: str) -> None:
+    net = Net()
+    opt = make(key, net)
+    opt.materialize_state()
+    shapes = {p: {name: tuple(v.shape) for name, v in opt.state[p].items()} for p in net.parameters()}
+    assert all("step" in names for names in shapes.values())
+    push(opt, 3)
+    assert shapes == {p: {name: tuple(v.shape) for name, v in opt.state[p].items()} for p in net.parameters()}
+
+
+def test_the_workspace_keeps_its_bound(key: str) -> None:
+    net = nn.Sequential(*[nn.Linear(64, 64) for _ in range(12)], nn.Linear(64, 3))
+    opt = make(key, net, workspace_mb=0.25)
+    push(opt, 7)
+    one = 8 * 64 * 64 * 4  # a few matrices of this size
+    assert opt.workspace_bytes <= max(0.25 * 2**20, one)
+    assert evaluations(opt) >= 1
