@@ -62,7 +62,7 @@ def test_list(cli):
     code, out, _ = cli("list", "--json")
     assert [entry["key"] for entry in json.loads(out)["optimizers"]] == guided_descent.list_optimizers()
     code, out, _ = cli("list", "--family", "spectral", "--json")
-    assert "adamw" not in out
+    assert [entry["key"] for entry in json.loads(out)["optimizers"]] == guided_descent.list_optimizers("spectral")
 
 
 def test_describe(cli):
@@ -182,7 +182,7 @@ def test_version(cli):
         (["train", "nope"], ["unknown workload 'nope'", "lm-source"]),
         (["train", TASK, "--steps", "0"], ["--steps", "0 is too small", "1 or more"]),
         (["compare", TASK, "--seeds", "-3"], ["-3 is too small"]),
-        (["compare", TASK, "--workers", "two"], ["--workers", "'two'"]),
+        (["compare", TASK, "--workers", "two"], ["--workers", "valid integer"]),
         (["trian"], ["'trian'", "'train'"]),
         (["train", "--stesp", "3"], ["--stesp", "--steps"]),
         (["list", "--family", "nope"], ["'nope'", "spectral"]),

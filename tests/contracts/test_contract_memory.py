@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from drive import Net, evaluations, make, push
+from drive import Net, assert_close, exact, make, parameters, push
 from torch import nn
 
 import guided_descent as gd
@@ -65,10 +65,22 @@ def test_materialized_state_is_all_of_it(key: str) -> None:
     assert shapes == {p: {name: tuple(v.shape) for name, v in opt.state[p].items()} for p in net.parameters()}
 
 
-def test_the_workspace_keeps_its_bound(key: str) -> None:
-    net = nn.Sequential(*[nn.Linear(64, 64) for _ in range(12)], nn.Linear(64, 3))
-    opt = make(key, net, workspace_mb=0.25)
-    push(opt, 7)
-    one = 8 * 64 * 64 * 4  # a few matrices of this size
-    assert opt.workspace_bytes <= max(0.25 * 2**20, one)
-    assert evaluations(opt) >= 1
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_workspace_keeps_its_bound(key: str, dtype: torch.dtype) -> None:
+    big = [nn.Linear(96, 96, bias=False) for _ in range(120)]  # 4 MiB in float32
+    net = nn.Sequential(*big, nn.Linear(96, 3)).to(dtype)
+    wide = make(key, net, rounding="master")
+    push(wide, 2)
+    for limit in (4.5, 6.0):
+        opt = make(key, net, workspace_mb=limit, rounding="master")
+        push(opt, 2)
+        assert opt.workspace_bytes <= limit * 2**20
+        assert opt.workspace_bytes <= wide.workspace_bytes
+
+
+def test_the_slices_of_a_bound_do_not_change_the_numbers(key: str) -> None:
+    nets = [nn.Sequential(*[nn.Linear(24, 24) for _ in range(9)], nn.Linear(24, 3)).double() for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    push(make(key, nets[0], workspace_mb=64, **exact(key)), 6)
+    push(make(key, nets[1], workspace_mb=0.05, **exact(key)), 6)
+    assert_close(parameters(nets[0]), parameters(nets[1]), 1e-11)

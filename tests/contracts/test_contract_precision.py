@@ -16,19 +16,27 @@ HALVES = [torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64])
 def test_every_dtype_trains(key: str, dtype: torch.dtype) -> None:
-    net, reference = Net(dtype), Net(torch.float64)
+    # square matrices: a basis of the null space of a singular factor would depend on rounding alone
+    def build() -> nn.Module:
+        torch.manual_seed(4)
+        return nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6), nn.Linear(6, 6))
+
+    net = build().to(dtype)
+    reference = build().double()
     reference.load_state_dict(net.state_dict())
     opt, wide = make(key, net, lr=0.05, rounding="master"), make(key, reference, lr=0.05)
     first = parameters(reference)
-    push(opt, 5)
     for number in range(5):
 
         def closure(number: int = number) -> None:
             fill(net.parameters(), number)
+
+        def same(number: int = number) -> None:
             for p, q in zip(net.parameters(), reference.parameters()):
                 q.grad = p.grad.double()
 
-        take(wide, closure, evaluations(wide))
+        take(opt, closure, evaluations(opt))
+        take(wide, same, evaluations(wide))
     assert all(p.dtype == dtype and bool(torch.isfinite(p).all()) for p in net.parameters())
     tolerance = {torch.float64: 1e-6, torch.float32: 2e-3}.get(dtype, 0.02)
     for name, p in net.named_parameters():
@@ -66,9 +74,9 @@ def test_stochastic_rounding_repeats(key: str, dtype: torch.dtype) -> None:
 def drift(key: str, dtype: torch.dtype, rounding: str, rate: float, steps: int) -> torch.Tensor:
     """How far each matrix of ones has moved under a constant gradient."""
     made = torch.Generator().manual_seed(5)
-    p = nn.Parameter(torch.ones(4, 4, dtype=dtype))
-    g = torch.randn(4, 4, generator=made).to(torch.bfloat16)
-    opt = make(key, [("p", p)], lr=rate, rounding=rounding, **({"weight_decay": 0.0}))
+    p = nn.Parameter(torch.ones(24, 24, dtype=dtype))
+    g = torch.randn(24, 24, generator=made).to(torch.bfloat16)
+    opt = make(key, [("p", p)], lr=rate, rounding=rounding, weight_decay=0.0)
     passes = evaluations(opt)
     p.grad = g.to(dtype)
     for _ in range(steps):
@@ -112,7 +120,7 @@ def test_rounding_to_nearest_loses_small_updates_and_says_so_once(key: str, monk
     with pytest.warns(UserWarning, match="rounding='stochastic'") as caught:
         moved = drift(key, torch.bfloat16, "nearest", rate, 200)
     assert sum("rounded to nearest" in str(w.message) for w in caught) == 1
-    assert float(moved) < 0.1 * float(drift(key, torch.float32, "nearest", rate, 200))
+    assert float(moved) < 0.5 * float(drift(key, torch.float32, "nearest", rate, 200))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*without their model")

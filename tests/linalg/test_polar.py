@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 from guided_descent.linalg import COEFFICIENTS, METHODS, Workspace, polar
+from guided_descent.linalg.coefficients import table
 from guided_descent.linalg.newton_schulz import Iteration, segments, textbook
+from guided_descent.linalg.polar import _batch
 
 JORDAN = (3.4445, -4.7750, 2.0315)
 F64 = torch.float64
@@ -125,7 +127,7 @@ def momentum_like(m: int, n: int, power: float, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("shape", [(192, 192), (96, 384), (384, 96)])
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 1.5, 2.0])
-@pytest.mark.parametrize("coefficients", ["adaptive", "polar_express"])
+@pytest.mark.parametrize("coefficients", ["adaptive", "fast", "polar_express"])
 @pytest.mark.parametrize("method", ["auto", "symmetric", "gram"])
 def test_no_worse_than_torch(shape, power, coefficients, method):
     x = momentum_like(*shape, power) if power else gauss(*shape, dtype=torch.float32)
@@ -143,7 +145,12 @@ def test_no_worse_than_torch(shape, power, coefficients, method):
 
 @pytest.mark.parametrize(
     ("coefficients", "floor", "low", "high"),
-    [("jordan", 3e-3, 0.68, 1.21), ("polar_express", 1e-3, 0.85, 1.15), ("adaptive", 1e-3, 0.85, 1.15)],
+    [
+        ("jordan", 3e-3, 0.68, 1.21),
+        ("polar_express", 1e-3, 0.85, 1.15),
+        ("adaptive", 1e-3, 0.85, 1.15),
+        ("fast", 2e-3, 0.82, 1.18),
+    ],
 )
 @pytest.mark.parametrize("method", ["auto", "symmetric", "gram"])
 @pytest.mark.parametrize("decades", [0.5, 1.5, 3.0, 5.0])
@@ -204,7 +211,7 @@ def test_exact_survives_a_solver_that_gives_up_once(monkeypatch):
 
 # ---- degenerate input ----------------------------------------------------------------------------------------------
 
-NAMES = [*sorted(COEFFICIENTS), "adaptive", "exact"]
+NAMES = [*sorted(COEFFICIENTS), "adaptive", "fast", "exact"]
 
 
 @pytest.mark.parametrize("coefficients", NAMES)
@@ -241,7 +248,7 @@ def test_a_broken_matrix_stays_alone(bad):
     assert torch.equal(got[2], expected[2])
 
 
-@pytest.mark.parametrize("coefficients", ["adaptive", "polar_express", "jordan", "exact"])
+@pytest.mark.parametrize("coefficients", ["adaptive", "fast", "polar_express", "jordan", "exact"])
 @pytest.mark.parametrize("c", [1e-30, 1e-12, 1e-6, 1e6, 1e30])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_scale_does_not_matter(coefficients, c, dtype):
@@ -258,7 +265,7 @@ def test_an_absolute_eps_shrinks_tiny_input():
 # ---- symmetries ----------------------------------------------------------------------------------------------------
 
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 12))
-names = st.sampled_from(["adaptive", "polar_express", "jordan", "exact"])
+names = st.sampled_from(["adaptive", "fast", "polar_express", "jordan", "exact"])
 
 
 @settings(max_examples=40, deadline=None)
@@ -288,6 +295,25 @@ def test_a_batch_is_its_matrices(coefficients, lead, shape, method):
     for i, (a, b) in enumerate(zip(x.flatten(0, -3), got.flatten(0, -3))):
         alone = polar(a, coefficients=coefficients, dtype=torch.float32, method=method)
         assert relative(b, alone) < 1e-5, i
+
+
+@pytest.mark.parametrize("shape", [(3, 10, 24), (2, 3, 24, 10), (12, 12)])
+@pytest.mark.parametrize("method", ["auto", "symmetric", "gram"])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_the_batched_path_of_accelerators(shape, method, dtype):
+    """The path that reads no number from the device, driven on the CPU, against the one that does."""
+    plan, x = table("polar_express"), gauss(*shape).to(dtype) * 1e-20
+    x.flatten(0, -2)[: shape[-2]] *= 1e15
+    if len(shape) > 2:
+        x.flatten(0, -3)[1] = 0.0
+    work = Workspace()
+    out = torch.empty_like(x)
+    got = _batch(x, out, plan.take(), plan.safety, dtype, None, work, method)
+    assert got is out
+    assert relative(got, polar(x, dtype=dtype)) < 1e-4
+    held = work.nbytes
+    assert torch.equal(_batch(x.clone(), x, plan.take(), plan.safety, dtype, None, work, method), out)
+    assert work.nbytes == held
 
 
 @pytest.mark.parametrize("coefficients", ["adaptive", "polar_express", "exact"])
@@ -338,7 +364,7 @@ def test_segments_partition_the_schedule():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"coefficients": "polar-express"}, "choose one of: adaptive, exact, cans"),
+        ({"coefficients": "polar-express"}, "choose one of: adaptive, exact, fast, cans"),
         ({"method": "fast"}, "choose one of auto, standard, symmetric, gram"),
         ({"steps": 0}, "at least 1"),
         ({"steps": True}, "at least 1"),

@@ -286,3 +286,8 @@ def test_zero_gradients_give_zero_and_not_nan() -> None:
 def test_scales_of_the_reference_are_its_table() -> None:
     assert [scale_of(name, 4, 1) for name in SCALES] == [2.0, 0.4, 2.0]
     assert [scale_of(name, 1, 4) for name in SCALES] == [1.0, 0.4, 0.5]
+
+
+def test_an_eps_of_zero_is_refused_when_it_is_given() -> None:
+    with pytest.raises(ValueError, match="eps=0"):
+        gd.recipes.Muon(eps=0.0)

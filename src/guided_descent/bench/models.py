@@ -39,8 +39,8 @@ class Block(nn.Module):
 class ByteGPT(nn.Module):
     """A decoder over bytes with learned positions and an untied head.
 
-    Embeddings start normal with standard deviation 0.02, linear layers as torch makes them: at this width AdamW ends
-    0.23 bits per byte lower than from 0.02 everywhere (300 steps, best of three learning rates each).
+    Embeddings start normal with standard deviation 0.02, linear layers as torch makes them: at this width AdamW learns
+    faster so than from 0.02 everywhere (3.17 against 3.40 bits per byte of ``lm-source`` after 300 steps).
 
     Example:
         >>> import torch

@@ -12,7 +12,7 @@ import typer
 
 from guided_descent.bench.pool import Stopped
 from guided_descent.cli import look, work
-from guided_descent.cli.common import app
+from guided_descent.cli.common import app, command_line
 from guided_descent.cli.errors import OK, explain_error, say, terminate_as_exception
 
 __all__ = ["app", "look", "run", "work"]
@@ -23,10 +23,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
     Set ``GUIDED_DESCENT_TRACEBACK=1`` to see the traceback as well.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    command_line[:] = sys.argv[1:] if arguments is None else arguments
     try:
         with terminate_as_exception():
-            code = app(args=arguments or ["--help"], standalone_mode=False)
+            code = app(args=command_line or ["--help"], standalone_mode=False)
+        if code == 130:  # typer's own answer to Ctrl-C
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else OK
     except Stopped as stop:
         return say(

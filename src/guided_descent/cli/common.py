@@ -7,7 +7,6 @@ import difflib
 import inspect
 import json
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
 
 DEFAULT_PROBLEM, DEFAULT_STEPS = "lm-source", 300
 DEFAULT_OPTIMIZERS = ("adamw", "nadamw", "muon", "soap")
+
+command_line: list[str] = []  # the arguments of this call, for the record
 
 app = typer.Typer(
     name="guided-descent",
@@ -157,4 +158,4 @@ def outcome(run: Run) -> str:
 
 def this_command() -> str:
     """This command as one would type it."""
-    return shlex.join(["guided-descent", *sys.argv[1:]])
+    return shlex.join(["guided-descent", *command_line])

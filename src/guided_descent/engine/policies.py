@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ POLICIES = ("skip", "raise", "ignore")
 #: Steps skipped in a row before ``skip`` gives up.
 PATIENCE = 25
 _SMALL = 32_768
+_CHUNK = 262_144
 
 
 class NonFiniteError(RuntimeError):
@@ -25,17 +26,18 @@ def all_finite(gradients: Sequence[Tensor], work: Workspace) -> bool:
     One pass that sums: small tensors are first gathered, so that a thousand of them cost one reduction. A sum that
     overflows although every element is finite is confirmed element by element before it counts.
     """
-    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    gathered: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     sums: list[Tensor] = []
     for g in gradients:
         g = torch.view_as_real(g) if g.is_complex() else g
         if g.numel() <= _SMALL:
-            groups.setdefault((g.dtype, g.device), []).append(g.reshape(-1))
+            gathered.setdefault((g.dtype, g.device), []).append(g.reshape(-1))
         else:
             sums.append(_sum(g))
-    for (dtype, device), small in groups.items():
-        flat = work.take("finite", (sum(map(Tensor.numel, small)),), dtype, device)
-        sums.append(_sum(torch.cat(small, out=flat)))
+    for small in gathered.values():
+        for piece in _chunks(small):
+            flat = work.take("finite", (sum(map(Tensor.numel, piece)),), piece[0].dtype, piece[0].device)
+            sums.append(_sum(torch.cat(piece, out=flat)))
     by_device: dict[torch.device, list[Tensor]] = {}
     for value in sums:
         by_device.setdefault(value.device, []).append(value.double())
@@ -47,6 +49,20 @@ def all_finite(gradients: Sequence[Tensor], work: Workspace) -> bool:
 def culprits(gradients: Sequence[Tensor]) -> list[int]:
     """Indices of the tensors that hold a NaN or an infinity."""
     return [i for i, g in enumerate(gradients) if not bool(torch.isfinite(g).all())]
+
+
+def _chunks(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of tensors with about ``_CHUNK`` elements, so that gathering them needs little scratch."""
+    piece: list[Tensor] = []
+    numel = 0
+    for tensor in tensors:
+        piece.append(tensor)
+        numel += tensor.numel()
+        if numel >= _CHUNK:
+            yield piece
+            piece, numel = [], 0
+    if piece:
+        yield piece
 
 
 def _sum(g: Tensor) -> Tensor:

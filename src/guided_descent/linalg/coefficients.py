@@ -147,4 +147,4 @@ def table(name: str) -> Coefficients:
         return COEFFICIENTS[name]
     except KeyError:
         valid = ", ".join(sorted(COEFFICIENTS))
-        raise ValueError(f"coefficients={name!r} is unknown; choose one of: adaptive, exact, {valid}") from None
+        raise ValueError(f"coefficients={name!r} is unknown; choose one of: adaptive, exact, fast, {valid}") from None

@@ -16,7 +16,6 @@ Triple = tuple[float, float, float]
 
 CUSHION = 0.016  # a step never fits a range wider than this, or it would press some interior value down to zero
 MARGIN = 0.02  # rounding may push a singular value this far, relatively, above the range that the next step expects
-TOLERANCE = 0.15  # the default schedules end in [1 - TOLERANCE, 1 + TOLERANCE]
 
 # Cheapest first, in matrix products: (quintic steps, cubic steps). A cubic step saves the square of the Gram matrix.
 _LADDER = tuple(sorted(((q, c) for q in range(2, 9) for c in range(3)), key=lambda s: 2.7 * s[0] + 1.9 * s[1]))
@@ -92,8 +91,11 @@ def schedule(lower: float, degrees: Sequence[int]) -> Schedule:
 
 
 @lru_cache(maxsize=256)
-def cheapest(lower: float) -> Schedule:
-    """The fewest matrix products that send [lower, 1] into [1 - TOLERANCE, 1 + TOLERANCE].
+def cheapest(lower: float, tolerance: float = 0.15) -> Schedule:
+    """The fewest matrix products that send [lower, 1] into [1 - tolerance, 1 + tolerance].
+
+    Raises:
+        ValueError: ``lower`` or ``tolerance`` is out of range, or more than 8 quintic steps would be needed.
 
     Example:
         >>> [sum(c != 0 for _, _, c in cheapest(x).triples) for x in (0.001, 0.004, 0.02)]
@@ -101,9 +103,11 @@ def cheapest(lower: float) -> Schedule:
     """
     if not 0.0 < lower < 1.0:
         raise ValueError(f"lower={lower!r} must lie in (0, 1): the smallest singular value over the largest")
+    if not 0.01 <= tolerance < 1.0:
+        raise ValueError(f"tolerance={tolerance!r} must lie in [0.01, 1); below that use coefficients='exact'")
     for quintics, cubics in _LADDER:
         found = schedule(lower, (5,) * quintics + (3,) * cubics)
-        if found.low >= 1.0 - TOLERANCE:
+        if found.low >= 1.0 - tolerance:
             return found
     raise ValueError(f"lower={lower!r} needs more than 8 quintic steps; use coefficients='exact'")
 

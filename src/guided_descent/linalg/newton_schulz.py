@@ -110,8 +110,8 @@ class Iteration:
 
     def run(self, triples: Sequence[Triple], method: str = "auto", out: Tensor | None = None) -> Tensor:
         """The result of the cheaper form, or of the one named, in ``out`` or in a buffer."""
-        if method == "auto" and self.x.device.type != "cpu":
-            method = "symmetric"  # the Gram form is only accurate in half precision with the shift of _polynomial
+        if method == "auto" and self.x.ndim > 2:
+            method = "symmetric"  # in half precision the Gram form is only accurate with the shift of _polynomial
         if method == "auto":
             parts = len(segments(triples, self.x.dtype, self.top))
             method = "gram" if prefers_gram(self.x.shape, triples, parts) else "symmetric"
@@ -165,8 +165,8 @@ class Iteration:
     def _polynomial(self, a: float, b: float, c: float) -> tuple[Tensor, float, float]:
         """P, alpha and f with alpha I + fP = aI + bG + cG².
 
-        Where reading a number is free, alpha takes the mean of the diagonal with it: Q and h(G) are then small where
-        they are close to a multiple of I, as they are for a flat spectrum, and rounding does not swamp them.
+        Of a single matrix, alpha takes the mean of the diagonal with it: what is stored of Q and h(G) is then small
+        where they are close to a multiple of I, as they are for a flat spectrum, and rounding does not swamp them.
         """
         known, self._known = self._known, False
         p, f = self._z, 1.0
@@ -178,7 +178,7 @@ class Iteration:
             f = c
         else:
             _symmetric(p, self._g, self._g, add=self._g, beta=b, alpha=c)
-        if p.ndim > 2 or p.device.type != "cpu":
+        if p.ndim > 2:
             return p, a, f
         diagonal = p.diagonal()
         mean = float(diagonal.mean())
@@ -206,7 +206,7 @@ def _symmetric(
 ) -> None:
     """The same where the result is known to be symmetric: strips of the upper triangle, and their mirror images."""
     n = out.shape[-1]
-    if out.ndim > 2 or n < 2 * STRIP or out.device.type != "cpu":
+    if out.ndim > 2 or n < 2 * STRIP:
         _multiply(out, left, right, add=add, beta=beta, alpha=alpha)
         return
     height = -(-n // (n // STRIP * 32)) * 32

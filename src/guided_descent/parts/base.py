@@ -139,6 +139,10 @@ class Batch:
         """Scalar that the direction is still to be multiplied by."""
         return self._factor
 
+    def read(self) -> Rows:
+        """The direction with ``factor`` applied, to read; copied only where there is a factor."""
+        return self._u if isinstance(self._factor, float) and self._factor == 1.0 else self.take()
+
     def own(self) -> Rows:
         """The direction as scratch that may be overwritten; copied on first use. ``factor`` stays apart."""
         u = self._direction()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -37,9 +38,9 @@ class Momentum(Part):
         """Advance the buffer and make it, or the look-ahead, the direction."""
         mu, buffer = h[self.momentum], s["momentum_buffer"]
         if x.first:
-            buffer.copy_(x.take())
+            buffer.copy_(x.read())
         else:
-            buffer.mul_(mu).add_(x.u, alpha=1 - h[self.dampening])
+            buffer.mul_(mu).add_(x.read(), alpha=1 - h[self.dampening])
         if self.nesterov:
             x.own().add_(buffer, alpha=mu)
         else:
@@ -73,7 +74,7 @@ class Ema(Part):
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Advance the average and make it, or the look-ahead, the direction."""
         beta, average = h[self.beta], s["momentum_buffer"]
-        average.lerp_(x.u, 1 - beta)
+        average.lerp_(x.read(), 1 - beta)
         if self.nesterov:
             x.own().lerp_(average, beta)
         else:
@@ -115,9 +116,9 @@ class AdamMoments(Part):
         beta1, beta2 = h[self.betas]
         eps = h[self.eps] * x.eps_scale
         root2 = (1 - beta2**x.step) ** 0.5
-        first, second = s["exp_avg"], s["exp_avg_sq"]
-        first.lerp_(x.u, 1 - beta1)
-        second.mul_(beta2).addcmul_(x.u, x.u, 1 - beta2)
+        g, first, second = x.read(), s["exp_avg"], s["exp_avg_sq"]
+        first.lerp_(g, 1 - beta1)
+        second.mul_(beta2).addcmul_(g, g, 1 - beta2)
         if self.amsgrad:
             second = s["max_exp_avg_sq"].maximum_(second)
         denominator = x.fresh().copy_(second).sqrt_()
@@ -166,9 +167,9 @@ class NadamMoments(Part):
         beta1, beta2 = h[self.betas]
         step, product = x.step, s["mu_product"]
         now, after = self._momentum(h, step), self._momentum(h, step + 1)
-        first, second = s["exp_avg"], s["exp_avg_sq"]
-        first.lerp_(x.u, 1 - beta1)
-        second.mul_(beta2).addcmul_(x.u, x.u, 1 - beta2)
+        g, first, second = x.read(), s["exp_avg"], s["exp_avg_sq"]
+        first.lerp_(g, 1 - beta1)
+        second.mul_(beta2).addcmul_(g, g, 1 - beta2)
         denominator = x.spare("denominator").copy_(second)
         denominator.div_(1 - beta2**step).sqrt_().add_(h[self.eps] * x.eps_scale)
         direction = x.take().mul_(x.by_row((1 - now) / (1 - product)))

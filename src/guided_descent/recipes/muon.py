@@ -25,7 +25,7 @@ class Muon(Recipe):
     lr: float = hyper(0.02, ge=0, help="learning rate of the matrices; not comparable across scales")
     momentum: float = hyper(0.95, ge=0, lt=1, help="memory of the momentum")
     weight_decay: float = hyper(0.01, ge=0, help="decay; lr * weight_decay is taken off in a step")
-    eps: float | None = hyper(None, ge=0, optional=True, help="absolute eps of the norm; None is relative to it")
+    eps: float | None = hyper(None, gt=0, optional=True, help="absolute eps of the norm; None is relative to it")
     nesterov: bool = static(True, help="orthogonalise the look-ahead momentum")
     scale: str = static("original", of=SCALES, help="length convention of the update")
     coefficients: str = static(

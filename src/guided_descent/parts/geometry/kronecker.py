@@ -12,6 +12,7 @@ from torch import Tensor
 from guided_descent.linalg.eigen import eigenbasis, refresh_basis
 from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, Unit
 from guided_descent.parts.estimate import AdamMoments
+from guided_descent.parts.rows import Number
 from guided_descent.routing.roles import Block
 
 SIDES = ("left", "right")
@@ -21,19 +22,21 @@ SIDES = ("left", "right")
 class Eigenbasis(Part):
     """Run another part in the eigenbases of both sides: ``u <- Q_L f(Q_L^T G Q_R) Q_R^T``.
 
-    The bases are those of ``L = EMA[G G^T]`` and ``R = EMA[G^T G]``.
-    The first call sets L, R and their exact eigenbases and makes no update, so that no gradient is ever projected onto
-    a basis made of it alone; the inner part's step counter leaves it out. Every ``frequency`` steps the columns are sorted by ``diag(Q^T A Q)`` and one step of
-    orthogonal iteration is taken (``refresh_method`` ``qr``), or the bases are solved anew (``eigh``). The inner part's
-    ``vector`` slots are rotated along, its ``square`` slots follow the permutation. A side longer than ``max_dim``
-    keeps the identity. State: ``left``, ``right`` and ``left_basis``, ``right_basis``, ``[m, m]`` and ``[n, n]``, at
-    least float32. Counted: ``refreshes``, ``fallbacks``. Source: Vyas et al. 2024, 2409.11321.
+    The bases are those of ``L = EMA[G G^T]`` and ``R = EMA[G^T G]``. The first call sets L, R and their exact
+    eigenbases and makes no update, so that no gradient is ever projected onto a basis made of it alone; the inner
+    part's step counter leaves it out. Every ``frequency`` steps the columns are sorted by ``diag(Q^T A Q)`` and one
+    step of orthogonal iteration is taken (``refresh_method`` ``qr``), or the bases are solved anew (``eigh``). The
+    inner part's ``vector`` slots are rotated along, its ``square`` slots follow the permutation. A side longer than
+    ``max_dim`` keeps the identity. The factors' memory is ``beta``, or the second of ``betas`` where that is
+    ``None``. State: ``left``, ``right`` and ``left_basis``, ``right_basis``, ``[m, m]`` and ``[n, n]``, at least
+    float32. Counted: ``refreshes``, ``fallbacks``. Source: Vyas et al. 2024, 2409.11321.
     """
 
     slot: ClassVar[str] = "geometry"
     unit: ClassVar[Unit] = "matrix"
     inner: Part = field(default_factory=lambda: AdamMoments(late_correction=True))
     beta: str = "shampoo_beta"
+    betas: str = "betas"
     frequency: str = "precondition_frequency"
     method: str = "refresh_method"
     schedule: str = "refresh_schedule"
@@ -42,7 +45,7 @@ class Eigenbasis(Part):
     @property
     def keys(self) -> tuple[str, ...]:
         """Group keys it reads, those of the inner part included."""
-        return (self.beta, self.frequency, self.method, self.schedule, *self.inner.keys)
+        return (self.beta, self.betas, self.frequency, self.method, self.schedule, *self.inner.keys)
 
     def sides(self, block: Block) -> dict[str, int]:
         """The preconditioned sides and their lengths."""
@@ -64,13 +67,12 @@ class Eigenbasis(Part):
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Advance the factors, then run the inner part between a rotation and its inverse."""
-        g = x.own().whole
-        beta = h[self.beta]
-        if h[self.beta] is None:
-            beta = h["betas"][1]
-        for side, product in (("left", g @ g.mT), ("right", g.mT @ g)):
-            if side in s:
-                s[side].lerp_(product, 1 - beta)
+        g = x.take().whole
+        beta = h[self.betas][1] if h[self.beta] is None else h[self.beta]
+        if "left" in s:
+            _average(s["left"], g, g.mT, beta)
+        if "right" in s:
+            _average(s["right"], g.mT, g, beta)
         if x.first:
             self._solve(x, s)
             x.hold()
@@ -164,3 +166,12 @@ class Eigenbasis(Part):
             source = target
         if source is not value:
             value.copy_(source)
+
+
+def _average(factor: Tensor, a: Tensor, b: Tensor, beta: Number) -> None:
+    """``F <- beta F + (1 - beta) A B``, without a temporary where the weight is a plain number."""
+    if isinstance(beta, Tensor):
+        factor.lerp_(a @ b, (1 - beta).to(factor.dtype))
+    else:
+        flat = factor.view(-1, *factor.shape[-2:])
+        flat.baddbmm_(a.flatten(0, -3), b.flatten(0, -3), beta=beta, alpha=1 - beta)

@@ -48,7 +48,7 @@ class Polar(Part):
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Replace each matrix of the direction by its polar factor; the length of the input does not matter."""
-        u = x.own().whole
+        u = x.take().whole
         polar(
             u,
             coefficients=h[self.coefficients],

@@ -1,0 +1,94 @@
+"""Compiled mode: one set of graphs for a whole schedule, and the numbers of the eager mode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from drive import Net, assert_close, evaluations, exact, make, parameters, push
+from torch._dynamo.utils import counters
+
+import guided_descent as gd
+
+
+@pytest.fixture(autouse=True)
+def _fresh_graphs() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def scheduled(opt: gd.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+    return torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + 0.1 * step))
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["compiled-first", "scheduled-first"])
+def test_fifty_rates_need_no_new_graph(key: str, early: bool) -> None:
+    net, other = Net(torch.float64), Net(torch.float64)
+    opt, eager = make(key, net, **exact(key)), make(key, other, **exact(key))
+    if early:
+        opt.compile(backend="eager")
+    schedule, reference = scheduled(opt), scheduled(eager)
+    if not early:
+        opt.compile(backend="eager")
+    seen = []
+    for number in range(50):
+        push(opt, seed=number)
+        push(eager, seed=number)
+        schedule.step()
+        reference.step()
+        seen.append(graphs())
+    assert seen[1] > 0
+    assert seen[-1] - seen[2] <= 1
+    assert not counters["graph_break"]
+    assert_close(parameters(net), parameters(other), 1e-6)
+    assert opt.audit() == eager.audit()
+    assert evaluations(opt) == evaluations(eager)
+
+
+def test_betas_and_decay_may_change_too(key: str) -> None:
+    net, other = Net(torch.float64), Net(torch.float64)
+    opt, eager = make(key, net, **exact(key)), make(key, other, **exact(key))
+    opt.compile(backend="eager")
+    for number in range(6):
+        for target in (opt, eager):
+            for group in target.param_groups:
+                if "betas" in group:
+                    group["betas"] = (0.9 - 0.01 * number, 0.95)
+                if group.get("weight_decay"):
+                    group["weight_decay"] = 0.01 * (number + 1)
+            push(target, seed=number)
+        if number == 2:
+            settled = graphs()
+    assert graphs() - settled <= 1
+    assert_close(parameters(net), parameters(other), 1e-9)
+
+
+def test_a_tensor_rate_is_compiled(key: str) -> None:
+    net, other = Net(torch.float64), Net(torch.float64)
+    opt = make(key, net, lr=torch.tensor(0.01, dtype=torch.float64), compile=False, **exact(key))
+    opt.compile(backend="eager")
+    eager = make(key, other, lr=0.01, **exact(key))
+    push(opt, 4)
+    push(eager, 4)
+    assert_close(parameters(net), parameters(other), 1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("compiled_key", ["adamw", "muon"])
+def test_inductor_equals_eager(compiled_key: str) -> None:
+    net, other = Net(torch.float64), Net(torch.float64)
+    opt, eager = make(compiled_key, net, compile=True, **exact(compiled_key)), make(compiled_key, other, **exact(compiled_key))
+    schedule, reference = scheduled(opt), scheduled(eager)
+    for number in range(50):
+        push(opt, seed=number)
+        push(eager, seed=number)
+        schedule.step()
+        reference.step()
+        if number == 2:
+            settled = graphs()
+    assert graphs() - settled <= 1
+    assert_close(parameters(net), parameters(other), 1e-6)

@@ -1,0 +1,53 @@
+"""Every registered recipe: micro-batches that are accumulated make the step of the whole batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import guided_descent as gd
+
+
+class Net(nn.Module):
+    """A bit of everything: embedding, convolution, norm, hidden maps, head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 12)
+        self.conv = nn.Conv1d(12, 12, 3, padding=1)
+        self.norm = nn.LayerNorm(12)
+        self.up = nn.Linear(12, 20)
+        self.down = nn.Linear(20, 12)
+        self.head = nn.Linear(12, 11)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.table(tokens)
+        x = self.conv(x.mT).mT
+        return self.head(x + self.down(F.gelu(self.up(self.norm(x)))))
+
+
+def loss(net: Net, tokens: Tensor) -> Tensor:
+    return F.cross_entropy(net(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("parts", [4, 8])
+@pytest.mark.parametrize("name", gd.list_optimizers())
+def test_micro_batches_make_the_step_of_their_batch(name: str, parts: int) -> None:
+    nets = []
+    for pieces in (1, parts):
+        torch.manual_seed(0)
+        net = Net().double()
+        opt = gd.optimizer(name, net)
+        start = [p.detach().clone() for p in net.parameters()]
+        for step in range(4):
+            tokens = torch.randint(0, 11, (16, 10), generator=torch.Generator().manual_seed(step))
+            opt.zero_grad()
+            for piece in tokens.chunk(pieces):
+                (loss(net, piece) / pieces).backward()
+            opt.step()
+        assert max(float((p.detach() - s).abs().max()) for p, s in zip(net.parameters(), start)) > 1e-5
+        nets.append(net)
+    for whole, pieced in zip(nets[0].parameters(), nets[1].parameters()):
+        torch.testing.assert_close(pieced, whole, atol=1e-6, rtol=0)
