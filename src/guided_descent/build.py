@@ -259,8 +259,9 @@ def assemble(
             owner = _owner(entry, base)
             rule = entry.rule
             own_key = (id(owner) if owner is base else owner.label, rule.pattern if rule and _opts(rule) else None)
+            if owner.matrix or (base.matrix and (rule is None or rule.recipe is None)):
+                check_not_flattened([entry])  # a flat shard is no matrix, so that the auxiliary recipe would take it
             if owner.matrix:
-                check_not_flattened([entry])
                 shape_only = shape_only or not known
             if own_key not in found:
                 found[own_key] = len(groups)

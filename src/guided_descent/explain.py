@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from guided_descent.build import RoutedOptimizer
 from guided_descent.engine.rounding import rounding_slots
 from guided_descent.engine.state import work_dtype
+from guided_descent.parts.base import Slot
 from guided_descent.routing.roles import Block
 
 
@@ -99,6 +101,7 @@ def explain(optimizer: RoutedOptimizer) -> Explanation:
             f"explain takes an optimizer of this library, not a {type(optimizer).__name__}; unwrap it first"
         )
     lines: list[Line] = []
+    shared: dict[tuple[int, str], int] = {}
     total = 0
     for index, group in enumerate(optimizer.param_groups):
         for name, tensor in zip(group["param_names"], group["params"]):
@@ -109,6 +112,8 @@ def explain(optimizer: RoutedOptimizer) -> Explanation:
                 parts = optimizer._engine.binder.parts(index, block)
                 share = sum(part.refresh_flops(block) / part.period(group) for part in parts if part.period(group))
                 size = _state_bytes(optimizer, index, block, tensor, first=number == 0) if held else 0
+                if held:
+                    shared |= _shared_bytes(index, parts.slots(block), tensor)
                 lines.append(
                     Line(
                         parameter=block.key,
@@ -124,7 +129,8 @@ def explain(optimizer: RoutedOptimizer) -> Explanation:
                         why=block.why,
                     )
                 )
-    return Explanation(tuple(lines), total, sum(line.state_bytes for line in lines), sum(line.flops for line in lines))
+    size = sum(line.state_bytes for line in lines) + sum(shared.values())
+    return Explanation(tuple(lines), total, size, sum(line.flops for line in lines))
 
 
 def _state_bytes(optimizer: RoutedOptimizer, group: int, block: Block, tensor: torch.Tensor, first: bool) -> int:
@@ -139,6 +145,16 @@ def _state_bytes(optimizer: RoutedOptimizer, group: int, block: Block, tensor: t
         elif slot.layout == "factor":
             size += each * math.prod(slot.shape)
     return size
+
+
+def _shared_bytes(group: int, slots: Mapping[str, Slot], tensor: torch.Tensor) -> dict[tuple[int, str], int]:
+    """Bytes of the state that a whole group shares, by group and name."""
+    work = work_dtype(tensor.dtype)
+    return {
+        (group, name): torch.empty((), dtype=slot.dtype or work).element_size() * math.prod(slot.shape)
+        for name, slot in slots.items()
+        if slot.layout == "group"
+    }
 
 
 def _bytes(size: int) -> str:

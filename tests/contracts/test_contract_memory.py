@@ -67,11 +67,11 @@ def test_materialized_state_is_all_of_it(key: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_workspace_keeps_its_bound(key: str, dtype: torch.dtype) -> None:
-    big = [nn.Linear(96, 96, bias=False) for _ in range(120)]  # 4 MiB in float32
+    big = [nn.Linear(96, 96, bias=False) for _ in range(160)]  # 6 MiB in float32
     net = nn.Sequential(*big, nn.Linear(96, 3)).to(dtype)
     wide = make(key, net, rounding="master")
     push(wide, 2)
-    for limit in (4.5, 6.0):
+    for limit in (5.5, 7.0):
         opt = make(key, net, workspace_mb=limit, rounding="master")
         push(opt, 2)
         assert opt.workspace_bytes <= limit * 2**20

@@ -72,7 +72,11 @@ def test_degenerate_input(case: str, name: str) -> None:
     for p, path, start in zip(model.parameters(), paths, starts):
         steps = torch.stack([after - before for before, after in zip([start, *path], path)])
         assert steps.isfinite().all()
-        assert float(steps.abs().max()) < 0.01 * 8  # SOAP's second step may be long
+        if name.startswith("muon"):
+            longest = max(float(torch.linalg.matrix_norm(step, 2)) for step in steps)
+            assert longest < 0.01 * 1.25 * max(1.0, start.shape[0] / start.shape[1]) ** 0.5 + 1e-2 * 1e-2 * 10
+        else:  # the second moment may be stale after a refresh, yet steps stay within a few learning rates
+            assert float(steps.abs().max()) < 0.01 * 30
         for value in opt.state[p].values():
             assert value.isfinite().all()
     if case == "zero gradients":

@@ -50,6 +50,8 @@ def explain_error(error: BaseException) -> tuple[str, int]:
     if isinstance(error, BenchError):
         if disk is not None and disk.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
             return str(error), UNWRITABLE
+        if str(error).startswith("cannot save"):  # the tensor writer's own error carries no errno
+            return str(error), UNWRITABLE
         damaged = isinstance(error, CheckpointError) or any(isinstance(e, json.JSONDecodeError) for e in chain)
         return str(error), CORRUPT if damaged or "damaged" in str(error) else USAGE
     if isinstance(error, OSError) and disk is not None:

@@ -20,21 +20,29 @@ from guided_descent.parts.base import WRITERS, Batch, Part
 from guided_descent.parts.rows import Rows
 
 
-class _Fresh(Workspace):
-    """Inside a graph the compiler plans memory itself."""
+class _Inside(Workspace):
+    """Inside a graph the compiler plans memory itself; what a graph leaves out uses the engine's scratch."""
+
+    def __init__(self, outside: Workspace) -> None:
+        super().__init__()
+        self.outside = outside
 
     def take(self, tag: str, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
+        if torch.compiler.is_compiling():
+            return torch.empty(shape, dtype=dtype, device=device)
+        return self.outside.take(tag, shape, dtype, device)
 
 
 class Compiled:
     """Compiles the parts of each slice once and runs them.
 
     Args:
+        work: The engine's scratch, for what a graph leaves out.
         backend: Backend of ``torch.compile``.
     """
 
-    def __init__(self, backend: str | Callable[..., Any] = "inductor") -> None:
+    def __init__(self, work: Workspace, backend: str | Callable[..., Any] = "inductor") -> None:
+        self.work = work
         self.backend = backend
         self._graphs: dict[Slice, Callable[..., dict[str, Any]]] = {}
         self._tensors: dict[tuple[str, int, torch.device], Tensor] = {}
@@ -52,6 +60,8 @@ class Compiled:
         return self._graphs[piece](parts, g.list, w.list, state, numbers)
 
     def _compile(self, piece: Slice) -> Callable[..., dict[str, Any]]:
+        outside = self.work
+
         def run(
             parts: tuple[Part, ...],
             g: list[Tensor],
@@ -61,7 +71,7 @@ class Compiled:
         ) -> dict[str, Any]:
             rows = {name: Rows(value, loop=True) if isinstance(value, list) else value for name, value in state.items()}
             written = Rows(w, loop=True)
-            work = _Fresh()
+            work = _Inside(outside)
             x = Batch(
                 g=Rows(g, loop=True),
                 p=lambda: written,

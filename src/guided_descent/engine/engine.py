@@ -74,7 +74,8 @@ class Engine:
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but scratch and graphs."""
-        return self.__dict__ | {"work": Workspace(), "compiled": self.compiled and Compiled(self.compiled.backend)}
+        work = Workspace()
+        return self.__dict__ | {"work": work, "compiled": self.compiled and Compiled(work, self.compiled.backend)}
 
     def bind(self) -> Plan:
         """The plan for the tensors that the groups hold now."""
@@ -218,10 +219,9 @@ class Engine:
         while waiting:
             for w in waiting:
                 self._advance(w, totals)
-            ended = [w for w in waiting if w.ended]
+                if w.ended:  # at once: the working copies of half-precision parameters share their scratch
+                    self._finish(w)
             waiting = [w for w in waiting if not w.ended]
-            for w in ended:
-                self._finish(w)
             totals |= self._sums(waiting)
         for w in works:
             if w.batch is None:
@@ -302,6 +302,10 @@ class Engine:
         while w.position < len(w.parts) and not x.held:
             part = w.parts[w.position]
             if part.has_sums and part.needs.evaluations == 1 and part not in totals:
+                if x.w is not None:
+                    raise ValueError(
+                        f"{part!r} asks for global sums in {part.where!r}: use a slot before 'decay_before'"
+                    )
                 return
             if part.where in WRITERS and x.w is None:
                 x.w = self._open(w)
@@ -414,10 +418,12 @@ class Engine:
                 assert x is not None
                 part.probe(x, w.slice.state, self.groups[w.bucket.group], totals[part])
                 w.slice.p.add_(x.u, alpha=x.factor)
-            with torch.enable_grad():
-                closure()
-            for i, value in zip(active, saved):
-                plan.parameters[i].tensor.detach().copy_(value)
+            try:
+                with torch.enable_grad():
+                    closure()
+            finally:
+                for i, value in zip(active, saved):
+                    plan.parameters[i].tensor.detach().copy_(value)
             gradients = self._gradients(plan)
         return gradients
 

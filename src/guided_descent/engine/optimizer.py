@@ -126,7 +126,7 @@ class Optimizer(torch.optim.Optimizer):
         Args:
             backend: Backend of ``torch.compile``.
         """
-        self._engine.compiled = Compiled(backend)
+        self._engine.compiled = Compiled(self._engine.work, backend)
         self._engine.forget()
 
     def materialize_state(self) -> None:

@@ -21,9 +21,10 @@ STRIP = 192
 
 # Q is large where X is small, so rounding in G, which tilts its eigenvectors, makes QX overshoot in proportion to the
 # slopes of all steps of a segment but its last. What the last segment does wrong stays in the result. Limits of that
-# product for bfloat16, to be multiplied by the square root of the gain in precision: at 12 the overshoot was 2 % at
-# worst over a transformer's momentum matrices and power-law spectra; at 40 it reached 160 %, and the run diverged.
-_LAST, _EARLIER = 4.0, 12.0
+# product for bfloat16, to be multiplied by the square root of the gain in precision: at 12 the overshoot is 1 % over a
+# transformer's momentum matrices and power-law spectra, yet sums of a few rank-one gradients with few rows diverge (a
+# negative eigenvalue of the rounded G grows by the square of the product); at 4 those overshoot by 4 % as well.
+_LAST, _EARLIER = 4.0, 4.0
 _SLACK = 1.02  # what that error may add to the largest singular value at a restart
 
 
@@ -53,7 +54,7 @@ def segments(triples: Sequence[Triple], dtype: torch.dtype, top: float = 1.0) ->
 
     Example:
         >>> [len(s) for s in segments([(3.4445, -4.7750, 2.0315)] * 5, torch.bfloat16)]
-        [3, 2]
+        [1, 2, 2]
     """
     gain = math.sqrt(torch.finfo(torch.bfloat16).eps / torch.finfo(dtype).eps)
     slopes = [a * (top if i == 0 else 1.0) for i, (a, _, _) in enumerate(triples)]

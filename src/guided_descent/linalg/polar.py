@@ -7,8 +7,9 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
-from guided_descent.linalg.coefficients import table
+from guided_descent.linalg.coefficients import COEFFICIENTS, table
 from guided_descent.linalg.minimax import Triple, cheapest
 from guided_descent.linalg.newton_schulz import Iteration, textbook
 from guided_descent.linalg.workspace import Workspace
@@ -19,7 +20,10 @@ METHODS = ("auto", "standard", "symmetric", "gram")
 # that is nowhere worse than the classic five steps, which reach [0.68, 1.21] above 0.003 and have a slope of 485 at 0.
 COMPUTED = {"adaptive": (1e-3, 0.15), "fast": (1.85e-3, 0.18)}
 
+NAMES = (*COMPUTED, "exact", *sorted(COEFFICIENTS))  # what ``coefficients`` may be
 
+
+@_disable_dynamo
 @torch.no_grad()
 def polar(
     x: Tensor,
@@ -32,7 +36,7 @@ def polar(
     work: Workspace | None = None,
     method: str = "auto",
 ) -> Tensor:
-    """The polar factor U Vᵀ of X = U S Vᵀ, for each matrix of a batch.
+    """The polar factor U Vᵀ of X = U S Vᵀ, for each matrix of a batch; opaque to ``torch.compile``.
 
     A polynomial p is applied to the singular values of X / ‖X‖_F, one step aX + (bG + cG²)X with G = XXᵀ at a time;
     the result is U p(S/‖X‖_F) Vᵀ with p close to 1. It does not depend on the scale of X, and is 0 for X = 0.

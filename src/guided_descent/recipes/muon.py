@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from guided_descent.linalg.coefficients import COEFFICIENTS
-from guided_descent.linalg.polar import METHODS
+from guided_descent.linalg.polar import METHODS, NAMES
 from guided_descent.parts import NS_DTYPES, SCALES, Decoupled, Descend, Ema, MatrixScale, Parts, Polar
 from guided_descent.recipes.adam import DECAYS, AdamW
 from guided_descent.recipes.base import Recipe, hyper, recipe, static
@@ -28,9 +27,7 @@ class Muon(Recipe):
     eps: float | None = hyper(None, gt=0, optional=True, help="absolute eps of the norm; None is relative to it")
     nesterov: bool = static(True, help="orthogonalise the look-ahead momentum")
     scale: str = static("original", of=SCALES, help="length convention of the update")
-    coefficients: str = static(
-        "polar_express", of=("exact", *COEFFICIENTS), help="polynomials of the orthogonalisation, or exact"
-    )
+    coefficients: str = static("adaptive", of=NAMES, help="polynomials, fitted to each matrix or fixed; or exact")
     ns_steps: int | None = static(None, help="number of polynomial steps; None takes the table's")
     ns_dtype: str = static("auto", of=NS_DTYPES, help="dtype of the orthogonalisation")
     ns_method: str = static("auto", of=METHODS, help="standard: the order of operations of torch.optim.Muon")
