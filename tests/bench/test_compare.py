@@ -9,8 +9,10 @@ import math
 
 import pytest
 import small
+import torch
 from rich.console import Console
 
+import guided_descent
 from guided_descent.bench import compare as module
 from guided_descent.bench import tables
 from guided_descent.bench.compare import (
@@ -20,10 +22,11 @@ from guided_descent.bench.compare import (
     compare,
     config_differences,
     load_comparison,
+    main_lr,
     thin,
 )
+from guided_descent.bench.display import Display
 from guided_descent.bench.files import BenchError
-from guided_descent.bench.pool import Display
 from guided_descent.bench.scoring import Budget, t_interval
 from guided_descent.bench.store import OptimizerSpec, RunStore
 from guided_descent.bench.timing import Timing
@@ -278,6 +281,7 @@ def test_unequal_trials_name_no_winner(tmp_path):
         [OptimizerSpec("adamw"), OptimizerSpec("sgd")], small.REF, 40, tuned(tmp_path, ["adamw", "sgd"], extra=(0.03,))
     )
     comparison = run(tmp_path / "runs", chosen, timing_rounds=0)
+    assert dict(tables.protocol(comparison.document))["hyperparameters"] == "adamw: lr=0.02; sgd: lr=0.02"
     assert comparison.verdict.winner is None
     assert "tuning was unequal (adamw: 4 trials x 2 seeds, sgd: 3 trials x 2 seeds)" in comparison.verdict.sentence
 
@@ -329,3 +333,9 @@ def test_timing_of_every_arm_reaches_its_row(done):
     rows = [arm["row"] for arm in comparison.document["arms"]]
     assert all(row["step_ms"] > row["optimizer_ms"] > 0 for row in rows)
     assert isinstance(Timing(1.0, 0.5, 2.0, 0.1, 10).share, float)
+
+
+def test_the_learning_rate_shown_is_the_methods_own():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    assert main_lr(guided_descent.optimizer("muon", model, lr=0.05), "muon") == 0.05
+    assert main_lr(torch.optim.SGD(model.parameters(), lr=0.1), "sgd") == 0.1

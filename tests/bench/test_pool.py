@@ -14,8 +14,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from guided_descent.bench.display import Display, duration
 from guided_descent.bench.files import BenchError
-from guided_descent.bench.pool import Display, Job, Stopped, duration, run_jobs
+from guided_descent.bench.pool import Job, Stopped, run_jobs
 
 
 def double(x, *, tick):
@@ -147,7 +148,7 @@ def test_the_display_prints_a_line_per_job_where_there_is_no_terminal():
     display = Display(Console(file=text, width=200), describe=lambda result: f"result {result}")
     run_jobs(jobs(2), workers=0, display=display)
     lines = text.getvalue().splitlines()
-    assert lines[0].startswith("[1/2] job 0: result 0, about 0 s left")
+    assert lines[0] == "[1/2] job 0: result 0, about 0 s left"
     assert lines[1] == "[2/2] job 1: result 2"
 
 
@@ -164,6 +165,24 @@ def test_the_live_display_shows_step_loss_and_time_left():
     assert "2/3" in shown
     assert "loss 1.25" in shown
     assert "left" in shown
+
+
+def test_the_time_left_counts_only_steps_seen_trained(monkeypatch):
+    """A run that was found finished, or resumed half way, says nothing about the speed."""
+    now = 100.0
+    monkeypatch.setattr("guided_descent.bench.display.time.monotonic", lambda: now)
+    display = Display(Console(quiet=True))
+    with display.open([Job("a", 100, double), Job("b", 100, double), Job("c", 100, double)]):
+        display.started(0, 0)
+        display.finished(0, None)  # found finished
+        assert display.time_left() == "estimating the time left"
+        now += 60  # imports and data
+        display.started(0, 1)
+        display.ticked(0, 50, 1.0)  # resumed
+        assert display.time_left() == "estimating the time left"
+        now += 5
+        display.ticked(0, 60, 1.0)  # ten steps in five seconds
+        assert display.time_left() == "about 1 min 10 s left"
 
 
 def test_durations():

@@ -82,7 +82,8 @@ def test_the_users_own_task_from_end_to_end(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_the_same_command_continues(slow, monkeypatch, number):
-    arguments = ["compare", "slow_task:make", "-o", "adamw", "--seeds", "1", "--timing-rounds", "0", "--no-report", "--out"]
+    arguments = ["compare", "slow_task:make", "-o", "adamw", "--seeds", "1"]
+    arguments += ["--timing-rounds", "0", "--no-report", "--out"]
     process = start(*arguments, slow / "runs", "--workers", 1, cwd=slow)
     wait_for(slow / "runs", "metrics.jsonl", '"step":15,', process)
     os.killpg(process.pid, number)

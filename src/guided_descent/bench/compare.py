@@ -6,6 +6,7 @@ a report needs. The same call again continues where it stopped.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import statistics
@@ -15,8 +16,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from torch.optim import Optimizer
+
+from guided_descent.bench.display import Display
 from guided_descent.bench.files import FORMAT, BenchError, make_folder, read_json, to_json, write_json
-from guided_descent.bench.pool import Display, Job, run_jobs, train_run
+from guided_descent.bench.pool import Job, run_jobs, train_run
 from guided_descent.bench.problem import load_problem
 from guided_descent.bench.runner import BuildOptimizer, build_optimizer
 from guided_descent.bench.scoring import (
@@ -165,9 +169,17 @@ def compare(
             display.say(f"timing pass: {len(arms)} optimizers take turns in this process")
         builds = [lambda model, spec=arm.spec: build(model, spec) for arm in arms]
         timings = list(time_steps(lambda: load_problem(problem, seeds[0]), builds, rounds=timing_rounds))
-    document, verdict = build_document(arms, runs, timings, command=command, notes=notes, workers=workers)
+    model = load_problem(problem, seeds[0]).model
+    rates = [main_lr(build(copy.deepcopy(model), arm.spec), arm.spec.name) for arm in arms]
+    document, verdict = build_document(arms, runs, timings, rates=rates, command=command, notes=notes, workers=workers)
     write_json(out / "comparison.json", document)
     return Comparison(to_json(document), verdict, out)
+
+
+def main_lr(optimizer: Optimizer, name: str) -> float:
+    """The learning rate of the method itself: of a hybrid's groups the one of its own recipe, not the auxiliary's."""
+    groups = optimizer.param_groups
+    return float(next((group for group in groups if group.get("recipe") == name), groups[0])["lr"])
 
 
 def load_comparison(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -192,6 +204,7 @@ def build_document(
     runs: Mapping[str, Sequence[Run]],
     timings: Sequence[Timing | None],
     *,
+    rates: Sequence[float | None] | None = None,
     command: str = "",
     notes: Sequence[str] = (),
     workers: int = 0,
@@ -229,8 +242,8 @@ def build_document(
         "target": {"value": target, "from": origin},
         "baseline": baseline.label,
         "arms": [
-            _arm(arm, contestant, baseline, runs[arm.spec.label], timing, target)
-            for arm, contestant, timing in zip(arms, contestants, timings, strict=True)
+            _arm(arm, contestant, baseline, runs[arm.spec.label], timing, target) | {"lr": lr}
+            for arm, contestant, timing, lr in zip(arms, contestants, timings, rates or [None] * len(arms), strict=True)
         ],
         "verdict": verdict.to_dict(),
         "notes": list(notes),
@@ -282,13 +295,11 @@ def _arm(
             each.append(steps_to_target(steps, [sign * value for value in values], sign * target))
         reached = statistics.median_high(each)
     state = max((result.state_bytes for result in results), default=0)
-    rates = [row["lr"] for row in runs[0].metrics().train if row.get("lr") is not None]
     updates = [result.update_rms for result in results if result.update_rms is not None]
     return {
         "label": arm.spec.label,
         "optimizer": arm.spec.name,
         "hyper": dict(arm.spec.hyper),
-        "lr": max(rates, default=arm.spec.hyper.get("lr")),
         "budget": {
             "source": arm.budget.source,
             "trials": arm.budget.trials,

@@ -10,6 +10,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from guided_descent.bench.specs import format_hyper
+
 
 @dataclass(frozen=True)
 class Column:
@@ -25,7 +27,9 @@ def columns(document: Mapping[str, Any]) -> list[Column]:
     target = document["target"]["value"]
     goal = "no target" if target is None else f"{number(target)}, the {document['target']['from']}"
     return [
-        Column("optimizer", "The optimizer and its hyperparameters where they are not the documented defaults."),
+        Column(
+            "optimizer", "The optimizer; its hyperparameters stand in the protocol where they are not the defaults."
+        ),
         Column("lr", "Peak learning rate; the schedule is the same for all."),
         Column(metric_label(document), "Mean ± standard deviation of the final value over seeds; a diverged run is ∞."),
         Column(f"vs {base}", "Difference with its 95 % t interval over seed pairs (of the logarithms)."),
@@ -176,6 +180,10 @@ def protocol(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("steps", f"{document['steps']} per run, evaluated every {p['eval_every']}"),
         ("seeds", f"n = {len(seeds)}{few}: {', '.join(map(str, seeds))}"),
         ("tuning budget", budget + (" for each" if same else "")),
+        (
+            "hyperparameters",
+            "; ".join(f"{arm['label']}: {format_hyper(arm['hyper']) or 'defaults'}" for arm in document["arms"]),
+        ),
         ("schedule", f"{name}{f' ({options})' if options else ''}, the same for all"),
         ("clipping", f"global gradient norm {p['clip']}" if p["clip"] else "none"),
         ("data", f"sha256 {p['data'][:16]}" if p["data"] else "–"),

@@ -23,8 +23,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from guided_descent.bench.display import Display
 from guided_descent.bench.files import FORMAT, BenchError, read_json, write_json
-from guided_descent.bench.pool import Display, Job, run_jobs, train_run
+from guided_descent.bench.pool import Job, run_jobs, train_run
 from guided_descent.bench.runner import BuildOptimizer, build_optimizer
 from guided_descent.bench.scoring import Budget, score
 from guided_descent.bench.specs import format_hyper

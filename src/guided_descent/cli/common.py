@@ -17,7 +17,7 @@ from rich.console import Console
 from guided_descent.cli.errors import EXIT_CODES, CommandError
 
 if TYPE_CHECKING:
-    from guided_descent.bench.pool import Display
+    from guided_descent.bench.display import Display
     from guided_descent.bench.problem import Problem
     from guided_descent.bench.store import OptimizerSpec, Run
     from guided_descent.catalogue import Description
@@ -144,7 +144,7 @@ def default(description: Description, name: str) -> Any:
 
 def display(title: str = "runs") -> Display:
     """Progress on stderr."""
-    from guided_descent.bench.pool import Display
+    from guided_descent.bench.display import Display
 
     return Display(Console(stderr=True), title, outcome)
 

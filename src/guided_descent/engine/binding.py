@@ -16,7 +16,7 @@ from torch import Tensor
 
 from guided_descent import kernels
 from guided_descent.engine import rounding
-from guided_descent.engine.buckets import Bucket, Parameter, Slice, capacity, factor_stack
+from guided_descent.engine.buckets import STACK, Bucket, Parameter, Slice, capacity, factor_stack
 from guided_descent.engine.state import param_slot, real, slot_key, work_dtype
 from guided_descent.parts.base import Part, Parts
 from guided_descent.recipes.base import Recipe
@@ -190,6 +190,8 @@ class Binder:
             self._allocate(bucket)
             if bucket.stacked:
                 limit = int(self.workspace_mb * 2**20)
+                if bucket.device.type == "cpu":
+                    limit = min(limit, STACK)
                 bucket.capacity = capacity(bucket.blocks, bucket.parts, limit, bucket.dtype)
             bucket.offer(self._kernel(bucket))
             bucket.slices = bucket.cut(range(len(bucket.blocks)))

@@ -22,6 +22,8 @@ from guided_descent.routing.roles import Block, Piece
 
 #: Elements of a chunk: 1 MiB in float32, so that the tensors of one update stay in cache between its operations.
 CHUNK = 262_144
+#: Bytes of a stack of matrices on a CPU, for the same reason; one matrix may exceed it.
+STACK = 4 * 2**20
 
 
 @dataclass(eq=False)

@@ -103,8 +103,9 @@
 
   // One row per optimizer, the first on top.
   const labels = data.arms.map((arm) => arm.label);
-  const rowsAxis = () => axis({ type: "category", categoryorder: "array", categoryarray: [...labels].reverse(), range: [-0.6, labels.length - 0.4], showgrid: false, fixedrange: true, tickfont: { size: 12.5, color: css("--ink") } });
-  const valueAxis = (more) => axis({ fixedrange: true, nticks: 5, ...more });
+  const lines = labels.map((label) => (label.length > 14 ? label.replaceAll(" ", "<br>") : label));
+  const rowsAxis = () => axis({ type: "category", tickvals: labels, ticktext: lines, categoryorder: "array", categoryarray: [...labels].reverse(), range: [-0.6, labels.length - 0.4], showgrid: false, fixedrange: true, tickfont: { size: 12.5, color: css("--ink") } });
+  const valueAxis = (more) => axis({ fixedrange: true, nticks: 5, tickangle: 0, ...more });
 
   function finals() {
     const traces = [];
@@ -189,6 +190,6 @@
   });
   let wasNarrow = narrow();
   addEventListener("resize", () => { if (narrow() !== wasNarrow) { wasNarrow = narrow(); paint(); } });
-  document.querySelectorAll(".panels .plot").forEach((plot) => { plot.style.height = `${Math.max(150, 56 + 36 * labels.length)}px`; });
+  document.querySelectorAll(".panels .plot").forEach((plot) => { plot.style.height = `${Math.max(150, 56 + (lines.some((line) => line.includes("<br>")) ? 50 : 36) * labels.length)}px`; });
   paint();
 })();
