@@ -4,8 +4,9 @@
     python benchmarks/step_time.py --sets small --methods adamw --rounds 50
 
 Sets: the parameters of a GPT of 6 layers and width 512, of one of 4 layers and width 768 (matrices alone for Muon; a
-smaller one for SOAP), and 1,000 small tensors. Each round times every contestant once, in turn; a contestant is a block of steps that
-covers whole refresh periods. The ratio is the median over rounds of ours / peer within the same round.
+smaller one for SOAP), and 1,000 small tensors. Each round times every contestant once, in turn; a contestant is a
+block of steps that covers whole refresh periods. The ratio is the median over rounds of ours / peer within the same
+round.
 """
 
 from __future__ import annotations

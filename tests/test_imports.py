@@ -112,7 +112,11 @@ def test_upward_imports_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """The test can fail: a module of ``parts`` that reaches into the engine, by both spellings."""
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     (tmp_path / "parts").mkdir()
-    for text in ("from guided_descent.engine import engine", "from ..engine import engine", "import guided_descent.build"):
+    for text in (
+        "from guided_descent.engine import engine",
+        "from ..engine import engine",
+        "import guided_descent.build",
+    ):
         wrong = tmp_path / "parts" / "wrong.py"
         wrong.write_text(text)
         with pytest.raises(AssertionError, match="lies above"):

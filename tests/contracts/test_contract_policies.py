@@ -9,7 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from drive import Net, Plain, assert_close, assert_same, drive, evaluations, has, loss_of, make, options, parameters, push, snapshot
+from drive import (
+    Net,
+    Plain,
+    assert_close,
+    assert_same,
+    drive,
+    evaluations,
+    has,
+    loss_of,
+    make,
+    options,
+    parameters,
+    push,
+    snapshot,
+)
 from torch import Tensor, nn
 
 import guided_descent as gd

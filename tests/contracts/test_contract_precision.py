@@ -6,7 +6,20 @@ import warnings
 
 import pytest
 import torch
-from drive import Net, Plain, assert_close, assert_same, evaluations, exact, fill, make, parameters, push, snapshot, take
+from drive import (
+    Net,
+    Plain,
+    assert_close,
+    assert_same,
+    evaluations,
+    exact,
+    fill,
+    make,
+    parameters,
+    push,
+    snapshot,
+    take,
+)
 from torch import nn
 
 from guided_descent.engine import engine

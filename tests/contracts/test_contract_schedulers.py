@@ -72,7 +72,10 @@ def test_a_cycle_of_the_momentum(key: str) -> None:
 
 def test_a_tensor_rate_steps_like_a_number(key: str) -> None:
     a, b = Net(torch.float64), Net(torch.float64)
-    one, two = make(key, a, lr=0.01, **exact(key)), make(key, b, lr=torch.tensor(0.01, dtype=torch.float64), **exact(key))
+    one, two = (
+        make(key, a, lr=0.01, **exact(key)),
+        make(key, b, lr=torch.tensor(0.01, dtype=torch.float64), **exact(key)),
+    )
     push(one, 5)
     push(two, 5)
     assert_close(parameters(a), parameters(b), 1e-12)

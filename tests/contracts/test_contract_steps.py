@@ -71,7 +71,7 @@ def test_gradients_are_not_written(key: str) -> None:
         opt = make(key, net, **more)
         params = list(net.parameters())
         for number in range(4):
-            take(opt, lambda number=number: fill(params, number), evaluations(opt))
+            take(opt, lambda params=params, number=number: fill(params, number), evaluations(opt))
             written = [bits(p.grad).clone() for p in params]
             fill(params, number)
             assert all(torch.equal(w, bits(p.grad)) for w, p in zip(written, params))
@@ -279,7 +279,7 @@ def test_memory_does_not_grow(key: str) -> None:
 
     def run(steps: int) -> None:
         for number in range(steps):
-            take(opt, lambda: closure(number), passes)
+            take(opt, lambda number=number: closure(number), passes)
 
     def tensors() -> int:
         gc.collect()

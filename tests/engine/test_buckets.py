@@ -22,7 +22,9 @@ def block(shape: tuple[int, ...]) -> Block:
 
 
 @settings(max_examples=40, deadline=None)
-@given(shapes=st.lists(SHAPE, min_size=1, max_size=12), chunk=st.integers(1, 400), key=st.sampled_from(["sgd", "nadamw"]))
+@given(
+    shapes=st.lists(SHAPE, min_size=1, max_size=12), chunk=st.integers(1, 400), key=st.sampled_from(["sgd", "nadamw"])
+)
 def test_slices_cover_every_element_once(shapes: list[tuple[int, ...]], chunk: int, key: str) -> None:
     old, buckets.CHUNK = buckets.CHUNK, chunk
     try:

@@ -72,7 +72,7 @@ def test_sets_of_parameters_must_agree() -> None:
     net, opt = trained()
     rules = [gd.rule("1.*", lr=0.5)]
     other = gd.Muon(net, rules=[gd.rule("0.*", lr=0.5)])
-    with pytest.raises(ValueError, match="another param group|keeps in one"):
+    with pytest.raises(ValueError, match=r"another param group|keeps in one"):
         other.load_state_dict(gd.Muon(net, rules=rules).state_dict())
     assert opt.steps == 1
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -57,5 +59,5 @@ def test_refreshes_happen_when_they_are_due(schedule: str) -> None:
         counts.append([opt.audit().get(f"{i}.weight", {}).get("refreshes", 0) for i in range(6)])
     assert counts[0] == [0] * 6
     assert counts[-1] == [3] * 6  # twelve steps after the first, one in four
-    new = [sum(b) - sum(a) for a, b in zip(counts, counts[1:])]
+    new = [sum(b) - sum(a) for a, b in pairwise(counts)]
     assert max(new) == (6 if schedule == "every" else 2)

@@ -159,10 +159,11 @@ def test_sgd_honours_them(path: str) -> None:
 @pytest.mark.parametrize("path", ["default", "plain", "compiled"])
 def test_muon_honours_them(path: str) -> None:
     start, grad = torch.randn(3, 4, dtype=torch.float64), stream((3, 4), 4)
-    model, opt = scaled("muon", start, {"wd_scale": 3.0}, path, lr=0.1, weight_decay=0.1)
+    numbers: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1, "coefficients": "polar_express"}
+    model, opt = scaled("muon", start, {"wd_scale": 3.0}, path, **numbers)
     got = train(opt, list(model.parameters()), [grad], 12)[0]
     assert far(got, muon(start, grad, 12, 0.1, weight_decay=0.3, coefficients="polar_express")) < 1e-9
-    model, opt = scaled("muon", start, {"lr_scale": 0.5}, path, lr=0.1, weight_decay=0.1)
+    model, opt = scaled("muon", start, {"lr_scale": 0.5}, path, **numbers)
     got = train(opt, list(model.parameters()), [grad], 12)[0]
     assert far(got, muon(start, grad, 12, 0.05, weight_decay=0.2, coefficients="polar_express")) < 1e-9
 

@@ -80,7 +80,7 @@ def test_lengths_by_name(scale: str, shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize(
     ("coefficients", "floor", "low", "high"),
-    [("jordan", 3e-3, 0.68, 1.21), ("polar_express", 1e-3, 0.85, 1.15)],
+    [("jordan", 3e-3, 0.68, 1.21), ("polar_express", 1e-3, 0.85, 1.15), ("adaptive", 1e-3, 0.85, 1.15)],
 )
 @pytest.mark.parametrize("ns_dtype", ["float32", "float64"])
 def test_singular_values_of_the_polynomials(

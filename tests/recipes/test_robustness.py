@@ -17,15 +17,12 @@ SHAPES = [(8, 8), (12, 5), (5, 12)]
 METHODS: dict[str, dict[str, Any]] = {
     "muon": {},
     "muon-bf16": {"ns_dtype": "bfloat16"},
+    "muon-express": {"coefficients": "polar_express"},
     "muon-jordan": {"coefficients": "jordan"},
     "muon-exact": {"coefficients": "exact"},
     "soap": {"precondition_frequency": 3},
     "soap-eigh": {"precondition_frequency": 3, "refresh_method": "eigh"},
 }
-
-
-def orthogonal(rows: int, columns: int) -> Tensor:
-    return torch.linalg.qr(torch.randn(max(rows, columns), min(rows, columns), dtype=torch.float64)).Q
 
 
 def graded(shape: tuple[int, int], low: float) -> Tensor:
@@ -74,7 +71,7 @@ def test_degenerate_input(case: str, name: str) -> None:
         assert steps.isfinite().all()
         if name.startswith("muon"):
             longest = max(float(torch.linalg.matrix_norm(step, 2)) for step in steps)
-            assert longest < 0.01 * 1.25 * max(1.0, start.shape[0] / start.shape[1]) ** 0.5 + 1e-2 * 1e-2 * 10
+            assert longest < 0.01 * 1.25 * max(1.0, start.shape[0] / start.shape[1]) ** 0.5 + 1e-3
         else:  # the second moment may be stale after a refresh, yet steps stay within a few learning rates
             assert float(steps.abs().max()) < 0.01 * 30
         for value in opt.state[p].values():

@@ -191,7 +191,8 @@ class Slice:
     def fresh(self, work: Workspace) -> Rows:
         """Scratch of the direction's shape that nobody remembers, for graphs."""
         if not self.bucket.stacked:
-            return Rows([torch.empty(row.shape, dtype=self.work, device=row.device) for row in self.p.list], loop=True)
+            shapes = [(row.shape or (1,), row.device) for row in self.p.list]
+            return Rows([torch.empty(shape, dtype=self.work, device=device) for shape, device in shapes], loop=True)
         shape = (len(self.blocks), *self.blocks[0].shape)
         flat = work.take("direction", shape, self.work, self.bucket.device)
         return Rows([self._within(flat[row], piece, row) for _, piece, row in self.pieces], flat, loop=True)
@@ -222,7 +223,8 @@ def capacity(blocks: Sequence[Block], parts: Parts, limit: int, dtype: torch.dty
     """How many blocks of one shape may be stacked so that all scratch fits ``limit`` bytes; at least one."""
     block = blocks[0]
     size = torch.empty((), dtype=work_dtype(dtype)).element_size()
-    each = size * block.numel * (2 if dtype in HALF else 1) + max((part.scratch(block) for part in parts), default=0)
+    copies = 4 if dtype in HALF else 1  # direction; and gradient, parameter and written parameter in the work dtype
+    each = size * block.numel * copies + max((part.scratch(block) for part in parts), default=0)
     return max(1, limit // max(each, 1))
 
 

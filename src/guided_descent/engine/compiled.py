@@ -56,8 +56,8 @@ class Compiled:
         device = piece.bucket.device
         numbers = {key: self._tensor(key, h[key], device) for key in self._keys(parts) if key in h}
         numbers["step"] = self._number("step", 0, step, device)
-        state = {name: value.list if isinstance(value, Rows) else value for name, value in piece.state.items()}
-        return self._graphs[piece](parts, g.list, w.list, state, numbers)
+        state = {name: _rows(value) if isinstance(value, Rows) else value for name, value in piece.state.items()}
+        return self._graphs[piece](parts, _rows(g), _rows(w), state, numbers)
 
     def _compile(self, piece: Slice) -> Callable[..., dict[str, Any]]:
         outside = self.work
@@ -112,3 +112,8 @@ class Compiled:
     @functools.cache
     def _keys(parts: tuple[Part, ...]) -> frozenset[str]:
         return frozenset(key for part in parts for key in part.keys) | {"peak_lr", "initial_lr"}
+
+
+def _rows(rows: Rows) -> list[Tensor]:
+    """The tensors of some rows; scalars as one element, since graphs (torch 2.13) lose what is written to 0-d float64."""
+    return [row if row.ndim else row.view(1) for row in rows.list]

@@ -17,6 +17,8 @@ sys.path.insert(0, str(HERE.parent.parent / "contracts"))
 
 from drive import SMALL, Net, evaluations, fill, has, make, parameters, push, take  # noqa: E402
 
+from guided_descent.recipes import REGISTRY  # noqa: E402
+
 
 def freeze(key: str) -> Path:
     """Make the file of one recipe."""
@@ -25,9 +27,9 @@ def freeze(key: str) -> Path:
     if path.exists():
         raise SystemExit(f"{path} exists: a frozen file is never rewritten")
     net = Net()
-    options = {name: value for name, value in SMALL.items() if has(key, name)}
-    if has(key, "momentum"):
-        options["momentum"] = 0.9
+    options = REGISTRY[key].cls().values()  # all of them: a default may change, what was saved may not
+    options |= {name: value for name, value in SMALL.items() if has(key, name)}
+    options |= {"momentum": 0.9} if has(key, "momentum") else {}
     opt = make(key, net, **options)
     push(opt, 8, seed=1)
     saved = {
