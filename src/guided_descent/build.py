@@ -254,9 +254,12 @@ def assemble(
     for overrides, names in user_groups:
         base = _with(recipe, overrides, "this param group")
         found: dict[Any, int] = {}
-        for name in names:
+        owners = [_owner(table[name], base) for name in names]
+        if not any(type(owner) is type(base) for owner in owners):
+            # nothing here is for the base recipe, so the group speaks of the auxiliary one: say, norms without decay
+            owners = [_with(o, {k: v for k, v in overrides.items() if k in o.numbers()}, "") for o in owners]
+        for name, owner in zip(names, owners):
             entry = table[name]
-            owner = _owner(entry, base)
             rule = entry.rule
             own_key = (id(owner) if owner is base else owner.label, rule.pattern if rule and _opts(rule) else None)
             if owner.matrix or (base.matrix and (rule is None or rule.recipe is None)):

@@ -115,5 +115,5 @@ class Compiled:
 
 
 def _rows(rows: Rows) -> list[Tensor]:
-    """The tensors of some rows; scalars as one element, since graphs (torch 2.13) lose what is written to 0-d float64."""
+    """The tensors; scalars as one element: graphs of torch 2.13 lose what is written to 0-d float64 inputs."""
     return [row if row.ndim else row.view(1) for row in rows.list]

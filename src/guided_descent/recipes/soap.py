@@ -37,7 +37,8 @@ class SOAP(Recipe):
 
     def default_aux(self) -> Recipe:
         """AdamW with the same numbers."""
-        return AdamW(lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
+        decay = self.decay if self.decay in DECAYS else "decoupled"
+        return AdamW(lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, decay=decay)
 
     def route(self, block: Block) -> Recipe:
         """Matrices, embeddings and heads stay; the rest goes to the auxiliary recipe."""

@@ -1,0 +1,31 @@
+"""The README's code runs as it stands, and its example file is the one in examples/."""
+
+import re
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+def test_the_example_file_is_shown_whole():
+    assert (ROOT / "examples" / "my_task.py").read_text() in BLOCKS
+
+
+def test_the_first_snippet_trains():
+    space = {}
+    exec(BLOCKS[0].replace("1_000", "20"), space)
+    assert space["opt"].steps == 20
+
+
+def test_the_composed_optimizer_trains():
+    [code] = [block for block in BLOCKS if "class Signum" in block]
+    model = torch.nn.Linear(3, 2)
+    space = {"model": model}
+    exec(code, space)
+    before = model.weight.detach().clone()
+    model(torch.ones(3)).sum().backward()
+    space["opt"].step()
+    moved = (before - model.weight.detach()).abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, 3e-4), rtol=1e-3, atol=0)
