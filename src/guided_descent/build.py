@@ -181,7 +181,7 @@ def build(
         >>> import torch, guided_descent as gd
         >>> opt = gd.build(torch.nn.Linear(4, 2), gd.recipes.Muon(lr=0.02), nonfinite="raise")
         >>> type(opt).__name__, [group["recipe"] for group in opt.param_groups]
-        ('Muon', ['adamw'])
+        ('Muon', ['muon', 'adamw'])
     """
     made = lookup(recipe)() if isinstance(recipe, str) else recipe
     cls = CLASSES.get(type(made), RoutedOptimizer)

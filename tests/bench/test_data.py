@@ -85,3 +85,17 @@ def test_generators_of_near_seeds_are_unrelated():
     draws = torch.stack([torch.randn(2000, generator=generator(s, salt)) for s in range(4) for salt in range(3)])
     correlation = torch.corrcoef(draws) - torch.eye(12)
     assert correlation.abs().max() < 5 / math.sqrt(2000)
+
+
+def test_mnist1d_is_the_published_set_and_leaves_generators_alone():
+    from guided_descent.bench.data import one_dimensional_digits
+
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    split = one_dimensional_digits()
+    assert torch.equal(torch.rand(2), expected)
+    assert split.x.shape == (4000, 40)
+    assert split.x_test.shape == (1000, 40)
+    assert sorted(split.y.bincount().tolist() + split.y_test.bincount().tolist())[0] > 80  # all ten classes in both
+    assert split.hash == one_dimensional_digits.__wrapped__().hash  # generated alike each time

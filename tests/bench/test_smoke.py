@@ -9,6 +9,8 @@ from guided_descent.bench.problem import Problem, load_problem
 from guided_descent.bench.smoke import _logistic_optimum
 from guided_descent.bench.workloads import FAMILIES
 
+KNOWN = [name for name in FAMILIES["smoke"] if name.startswith("smoke-")]  # those whose optimum is known
+
 
 def value(task: Problem, **weights: torch.Tensor) -> float:
     """The loss at given weights."""
@@ -22,7 +24,7 @@ def gradients(task: Problem) -> list[torch.Tensor]:
     return list(torch.autograd.grad(task.loss(task.model, task.batch(0)), list(task.model.parameters())))
 
 
-@pytest.mark.parametrize("name", FAMILIES["smoke"])
+@pytest.mark.parametrize("name", KNOWN)
 def test_the_distance_starts_at_one_in_float64(name):
     task = load_problem(name, 0)
     with torch.no_grad():
@@ -87,7 +89,7 @@ def test_the_logistic_optimum_is_stationary_and_least():
         assert value(task, weight=best[:, :-1] + 1e-3 * direction, bias=best[:, -1]) > least
 
 
-@pytest.mark.parametrize("name", FAMILIES["smoke"])
+@pytest.mark.parametrize("name", KNOWN)
 def test_a_second_order_method_gets_there(name):
     """L-BFGS with a line search reduces the gap by 1e6: the optimum can be reached from the start."""
     task = load_problem(name, 1)

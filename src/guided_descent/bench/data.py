@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import random
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,6 +104,29 @@ def digits() -> Split:
     order = torch.randperm(len(x), generator=generator(0, 0))
     test, train = order[: len(x) // 5], order[len(x) // 5 :]
     return Split(x[train], y[train], x[test], y[test])
+
+
+@lru_cache(maxsize=1)
+def one_dimensional_digits() -> Split:
+    """MNIST-1D: 4,000 training and 1,000 test signals of 40 samples, generated from ten templates with a fixed seed.
+
+    Source: Greydanus and Kobak 2020, arXiv:2011.14439.
+
+    Raises:
+        ProblemError: The package mnist1d is not installed.
+    """
+    try:
+        from mnist1d.data import get_dataset_args, make_dataset
+    except ModuleNotFoundError:
+        raise ProblemError("this workload needs mnist1d; pip install 'guided-descent[bench]'") from None
+    with torch.random.fork_rng(devices=[]):  # the generator seeds torch, NumPy and Python for itself
+        python, numpy_state = random.getstate(), np.random.get_state()
+        raw = make_dataset(get_dataset_args())
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+    inputs = [torch.tensor(raw[name], dtype=torch.float32) for name in ("x", "x_test")]
+    labels = [torch.tensor(raw[name], dtype=torch.int64) for name in ("y", "y_test")]
+    return Split(inputs[0], labels[0], inputs[1], labels[1])
 
 
 def generator(seed: int, salt: int) -> torch.Generator:

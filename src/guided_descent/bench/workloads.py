@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from guided_descent.bench.data import EpochOrder, Split, digits, source_corpus
+from guided_descent.bench.data import EpochOrder, Split, digits, one_dimensional_digits, source_corpus
 from guided_descent.bench.models import ByteGPT, mlp
 from guided_descent.bench.problem import Batch, Problem
 from guided_descent.bench.smoke import factorisation, logistic, quadratic, rosenbrock
@@ -61,6 +61,11 @@ def mlp_digits(seed: int) -> Problem:
     return classification(digits(), mlp(64, 256, 256, 10), batch=128, steps=600, seed=seed)
 
 
+def mnist1d(seed: int) -> Problem:
+    """A 40-100-100-10 ReLU network on MNIST-1D: 4,000 signals that a linear map does not separate."""
+    return classification(one_dimensional_digits(), mlp(40, 100, 100, 10), batch=100, steps=600, seed=seed)
+
+
 def classification(split: Split, model: nn.Module, *, batch: int, steps: int, seed: int) -> Problem:
     """Cross-entropy training on a fixed split; test log-loss in nats is compared, test accuracy is reported."""
     order = EpochOrder(len(split.x), batch, seed)
@@ -93,13 +98,16 @@ def classification(split: Split, model: nn.Module, *, batch: int, steps: int, se
 WORKLOADS: dict[str, Callable[[int], Problem]] = {
     "lm-source": lm_source,
     "mlp-digits": mlp_digits,
+    "mnist1d": mnist1d,
     "smoke-quadratic": quadratic,
     "smoke-factorisation": factorisation,
     "smoke-rosenbrock": rosenbrock,
     "smoke-logistic": logistic,
 }
 
-FAMILIES: dict[str, tuple[str, ...]] = {"smoke": tuple(name for name in WORKLOADS if name.startswith("smoke-"))}
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "smoke": (*(name for name in WORKLOADS if name.startswith("smoke-")), "mnist1d")
+}
 
 
 def expand(ref: str) -> tuple[str, ...]:
