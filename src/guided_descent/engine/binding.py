@@ -33,6 +33,7 @@ class Plan:
     groups: list[list[Tensor]]  # the tensors of each group, as bound
     pointers: list[int]
     buckets: list[Bucket]
+    options: list[tuple[Any, ...]]  # of each group, those that shape the plan
     steps: Tensor  # float32 [parameters], the storage of every state["step"]
     counts: list[int]  # the same on the host
     cuts: dict[tuple[Bucket, tuple[int, ...]], list[Slice]] = field(default_factory=dict)
@@ -92,7 +93,7 @@ class Binder:
         self.plan = None
 
     def _is_current(self, plan: Plan) -> bool:
-        if len(plan.groups) != len(self.groups):
+        if len(plan.groups) != len(self.groups) or plan.options != self._options():
             return False
         tensors: list[Tensor] = []
         for group, bound in zip(self.groups, plan.groups):
@@ -101,6 +102,9 @@ class Binder:
                 return False
             tensors += now
         return list(map(Tensor.data_ptr, tensors)) == plan.pointers
+
+    def _options(self) -> list[tuple[Any, ...]]:
+        return [(group["rounding"], group["foreach"], group["fused"]) for group in self.groups]
 
     def _make_plan(self, old: Plan | None) -> Plan:
         parameters: list[Parameter] = []
@@ -119,6 +123,7 @@ class Binder:
             [list(group["params"]) for group in self.groups],
             [p.tensor.data_ptr() for p in parameters],
             [],
+            self._options(),
             torch.zeros(len(parameters)),
             [0] * len(parameters),
         )
@@ -174,7 +179,10 @@ class Binder:
                     continue
                 parts = self.parts(p.group, block)
                 mode = group["rounding"]
-                slots = parts.slots(block) | rounding.rounding_slots(mode, p.tensor.dtype)
+                kept = rounding.rounding_slots(mode, p.tensor.dtype)
+                for name in rounding.NAMES - kept.keys():  # of a mode left behind: it would be stale on return
+                    self.state[p.tensor].pop(name, None)
+                slots = parts.slots(block) | kept
                 scales = (block.lr_scale, block.wd_scale, block.eps_scale)
                 shape = block.shape if parts.unit == "matrix" else ()
                 factors = tuple((n, slot.shape) for n, slot in slots.items() if slot.layout == "factor")

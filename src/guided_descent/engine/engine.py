@@ -58,15 +58,13 @@ class Engine:
 
     Args:
         binder: Makes the plan.
-        seed: Seed of every random draw.
     """
 
-    def __init__(self, binder: Binder, seed: int) -> None:
+    def __init__(self, binder: Binder) -> None:
         self.binder = binder
         self.groups = binder.groups
         self.state = binder.state
         self.recipes = binder.recipes
-        self.seed = seed
         self.work = Workspace()
         self.audit: dict[str, Counter[str]] = {}
         self.skipped_in_row = 0
@@ -292,7 +290,7 @@ class Engine:
             step=float(w.step),
             first=w.step == 1,
             work=work,
-            seed=self.seed,
+            seed=group["seed"],
         )
 
     def _advance(self, w: Work, totals: Totals) -> None:
@@ -428,8 +426,10 @@ class Engine:
         return gradients
 
     def _constrain(self, plan: Plan, gradients: Sequence[Tensor | None]) -> None:
-        named = {p.name: p for p in plan.parameters}
-        for index, recipe in enumerate(self.recipes):
+        coupled = [i for i, recipe in enumerate(self.recipes) if recipe.couples]
+        named = {p.name: p for p in plan.parameters} if coupled else {}
+        for index in coupled:
+            recipe = self.recipes[index]
             blocks = [block for p in plan.parameters if p.group == index for block in p.blocks]
             for constraint in recipe.constraints(blocks):
                 missing = [name for name in constraint.names if name not in named]

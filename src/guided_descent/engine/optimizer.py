@@ -68,17 +68,19 @@ class Optimizer(torch.optim.Optimizer):
         self._typed = True
         for group, recipe in zip(groups, recipes):
             complete(group, recipe, seed)
+            check_policy(group, groups[0])
         super().__init__(groups, {})  # defaults would be written into every group, also of other recipes
         self.defaults.update(recipes[0].values(), **ENGINE_KEYS)
         self._recipes.extend(recipes)
         self._typed = False
         binder = Binder(self.param_groups, self.state, self._recipes, blocks, tuple(add), workspace_mb)
-        self._engine = Engine(binder, seed)
+        self._engine = Engine(binder)
         self._engine.bind()
 
     def _extend(self, group: dict[str, Any], recipe: Recipe) -> None:
         """Append one typed group."""
-        complete(group, recipe, self._engine.seed)
+        complete(group, recipe, self.param_groups[0]["seed"])
+        check_policy(group, self.param_groups[0])
         group["steps"], group["skipped"] = self.steps, self.skipped
         defaults = dict(self.defaults)
         self.defaults.clear()
@@ -238,3 +240,16 @@ def complete(group: dict[str, Any], recipe: Recipe, seed: int) -> None:
     for name in ("maximize", "foreach", "fused"):
         if group[name] not in (True, False, None):
             raise ValueError(f"{name}={group[name]!r} must be True, False or None")
+
+
+def check_policy(group: dict[str, Any], other: dict[str, Any]) -> None:
+    """A step is skipped whole or not at all, so the groups must agree on when.
+
+    Raises:
+        ValueError: They do not.
+    """
+    if group["nonfinite"] != other["nonfinite"]:
+        raise ValueError(
+            f"nonfinite={group['nonfinite']!r} of one group and {other['nonfinite']!r} of another: a step is skipped "
+            "for all parameters or for none; give the policy once, to the optimizer"
+        )

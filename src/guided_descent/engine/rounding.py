@@ -13,6 +13,8 @@ from torch import Tensor
 from guided_descent.parts.base import Slot
 
 ROUNDINGS = ("nearest", "stochastic", "compensated", "master")
+#: State that some mode keeps.
+NAMES = frozenset({"comp", "master"})
 
 
 def rounding_slots(mode: str, dtype: torch.dtype) -> dict[str, Slot]:

@@ -168,6 +168,11 @@ class Recipe:
         """Edits that couple parameters, applied after the step."""
         return ()
 
+    @property
+    def couples(self) -> bool:
+        """Whether it has constraints."""
+        return type(self).constraints is not Recipe.constraints
+
     @classmethod
     def numbers(cls) -> dict[str, dataclasses.Field[Any]]:
         """The ``hyper`` and ``static`` fields, by name."""
