@@ -24,7 +24,7 @@ def soap(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     frequency: int = 10,
-    phase: int = 0,
+    phase: int | tuple[int, int] = 0,
     method: str = "qr",
     decay: str = "before",
     sides: tuple[bool, bool] = (True, True),
@@ -42,7 +42,7 @@ def soap(
         eps: Added to the root of the second moment.
         weight_decay: Decoupled decay.
         frequency: Calls between refreshes.
-        phase: Calls by which the refreshes come earlier.
+        phase: Calls by which the refreshes come earlier; one number for both sides, or one for each.
         method: ``qr`` (sort, permute v, one step of orthogonal iteration) or ``eigh``.
         decay: ``before`` or ``after`` the step.
         sides: Which sides have a factor; the others keep the identity.
@@ -70,12 +70,13 @@ def soap(
                 ql = descending_basis(left) if bases[0] is None else bases[0].double()
             if sides[1]:
                 qr = descending_basis(right) if bases[1] is None else bases[1].double()
-        elif (call - 1 + phase) % frequency == 0:
+        else:
             plain = ql @ m @ qr.T
-            if sides[0]:
+            due = [(call - 1 + side) % frequency == 0 for side in (phase if isinstance(phase, tuple) else (phase,) * 2)]
+            if sides[0] and due[0]:
                 ql, order = refreshed(left, ql, method)
                 v = v if order is None else v[order]
-            if sides[1]:
+            if sides[1] and due[1]:
                 qr, order = refreshed(right, qr, method)
                 v = v if order is None else v[:, order]
             m = ql.T @ plain @ qr
