@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     {"recipes"},
     {"scaling", "kernels"},
     {"engine", "parallel"},
-    {"build", "explain", "catalogue"},
+    {"layers", "build", "explain", "catalogue", "solvers"},
     {"schedules", "averaging"},
     {"curvature", "guide", "bench", "experiments", "integrations"},
     {"cli", "__main__"},

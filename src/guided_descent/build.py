@@ -11,7 +11,9 @@ from typing import Any, ClassVar, TypeAlias, cast
 
 from torch import Tensor, nn
 
+from guided_descent.engine.observing import Observer
 from guided_descent.engine.optimizer import ENGINE_KEYS, Optimizer
+from guided_descent.layers import Layer, find_layers, joined, not_read, watched
 from guided_descent.parts.base import Part
 from guided_descent.recipes.base import Recipe, lookup
 from guided_descent.routing import Block, Entry, Role, Rule, Table, canonical_name, check_not_flattened, route
@@ -28,12 +30,13 @@ _NOT_OPTIONS = {
 
 @dataclasses.dataclass
 class Assembly:
-    """Groups, one recipe for each, the blocks of every parameter, and the table they come from."""
+    """Groups, one recipe for each, the blocks of every parameter, the table they come from, and the layers to read."""
 
     groups: list[dict[str, Any]]
     recipes: list[Recipe]
     blocks: dict[str, tuple[Block, ...]]
     entries: tuple[Entry, ...]
+    read: dict[str, tuple[Block, ...]] = dataclasses.field(default_factory=dict)
 
 
 class RoutedOptimizer(Optimizer):
@@ -53,6 +56,9 @@ class RoutedOptimizer(Optimizer):
         compile: Compile the parts.
         workspace_mb: Bound of the scratch memory in MiB.
         seed: Seed of every random draw.
+        loss: For recipes that sample labels from the model: ``cross_entropy``, ``mse`` and others of
+            ``guided_descent.capture.LOSSES``, or a ``Loss``.
+        scaler: The ``GradScaler`` that scales the loss, for recipes that read output gradients.
     """
 
     recipe_class: ClassVar[type[Recipe] | None] = None
@@ -67,6 +73,8 @@ class RoutedOptimizer(Optimizer):
         compile: bool = False,
         workspace_mb: float = 64.0,
         seed: int = 0,
+        loss: Any = None,
+        scaler: Any = None,
         **engine: Any,
     ) -> None:
         engine = _engine_options(engine)
@@ -76,8 +84,47 @@ class RoutedOptimizer(Optimizer):
         assembly = assemble(params, recipe, rules, engine)
         self.table = Table(assembly.entries)
         self._start(assembly.groups, assembly.recipes, assembly.blocks, add, workspace_mb, seed)
+        self._blocks_read = assembly.read
+        if assembly.read and isinstance(params, nn.Module):
+            self.watch(params, loss=loss, scaler=scaler)
+        elif loss is not None or scaler is not None:
+            raise ValueError(f"loss= and scaler= are for recipes that read layers, and {recipe.label} does not")
         if compile:
             self.compile()
+
+    def watch(self, model: nn.Module, *, loss: Any = None, scaler: Any = None) -> None:
+        """Read the layers of this model from now on; done at the build, and needed again for a copied optimizer.
+
+        Where the model is a ``DistributedDataParallel``, statistics are added over its ranks.
+
+        Args:
+            model: The model whose parameters are trained.
+            loss: The loss from which labels are sampled; a name or a ``Loss``.
+            scaler: The ``GradScaler`` that scales the loss.
+
+        Raises:
+            ValueError: The recipes disagree on ``fisher``, or labels are to be sampled and the loss is unknown.
+        """
+        layers = find_layers(model)
+        readers = [r for r in self.recipes if r.reads_layers]
+        kinds = {r.values()["fisher"] for r in readers}
+        if len(kinds) != 1:
+            raise ValueError(f"fisher must be the same in all groups, not {', '.join(sorted(map(repr, kinds)))}")
+        if self._engine.observer is not None:
+            self._engine.observer.capture.remove()
+        blocks = watched(self._blocks_read, layers)
+        modules = {n: m for weight in self._blocks_read for n, m in zip(layers[weight].names, layers[weight].modules)}
+        inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self._engine.observer = Observer(
+            self._engine,
+            inner,
+            modules,
+            blocks,
+            fisher=kinds.pop(),
+            loss=loss,
+            scaler=scaler,
+            process_group=getattr(model, "process_group", None) if inner is not model else None,
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters: routed by shape, and split into a group for each recipe that takes some of them.
@@ -111,6 +158,7 @@ class RoutedOptimizer(Optimizer):
         return super().__getstate__() | {
             "_base": self._base,
             "_engine_options": self._engine_options,
+            "_blocks_read": self._blocks_read,
             "table": self.table,
         }
 
@@ -226,6 +274,8 @@ _BUILD_KEYS = (
     "compile",
     "workspace_mb",
     "seed",
+    "loss",
+    "scaler",
     *_NOT_OPTIONS,
 )
 
@@ -250,11 +300,14 @@ def assemble(
     groups: list[dict[str, Any]] = []
     recipes: list[Recipe] = []
     blocks: dict[str, tuple[Block, ...]] = {}
+    read: dict[str, tuple[Block, ...]] = {}
     shape_only = False
     for overrides, names in user_groups:
         base = _with(recipe, overrides, "this param group")
         found: dict[Any, int] = {}
         owners = [_owner(table[name], base) for name in names]
+        layers = find_layers(params) if isinstance(params, nn.Module) and _reads(owners) else {}
+        joints = _read_layers(names, owners, table, layers, known)
         if not any(type(owner) is type(base) for owner in owners):
             # nothing here is for the base recipe, so the group speaks of the auxiliary one: say, norms without decay
             owners = [_with(o, {k: v for k, v in overrides.items() if k in o.numbers()}, "") for o in owners]
@@ -274,7 +327,10 @@ def assemble(
             group = groups[found[own_key]]
             group["params"].append(named[name])
             group["param_names"].append(name)
-            blocks[name] = _scaled(entry, recipes[found[own_key]], known)
+            made = joints.get(name, entry.blocks)
+            blocks[name] = _scaled(entry, made, recipes[found[own_key]], known)
+            if owner.reads_layers and name in layers:
+                read[name] = blocks[name]
     if not groups:
         raise ValueError("there are no parameters to train: the model, list or groups given hold none")
     if recipe.matrix and not any(r.matrix for r in recipes):
@@ -290,7 +346,39 @@ def assemble(
     for index, group in enumerate(groups):
         if index and isinstance(group["lr"], Tensor):
             group["lr"] = group["lr"].clone()  # a scheduler that fills it must not touch another group
-    return Assembly(groups, recipes, blocks, table.parameters)
+    return Assembly(groups, recipes, blocks, table.parameters, read)
+
+
+def _reads(owners: Iterable[Recipe]) -> bool:
+    return any(owner.reads_layers for owner in owners)
+
+
+def _read_layers(
+    names: Sequence[str], owners: list[Recipe], table: Table, layers: Mapping[str, Layer], known: bool
+) -> dict[str, tuple[Block, ...]]:
+    """Blocks ``[W | b]`` by the names of both parameters; what cannot be read is given to the auxiliary recipe."""
+    if not _reads(owners):
+        return {}
+    if not known:
+        label = next(owner.label for owner in owners if owner.reads_layers)
+        raise TypeError(
+            f"{label} reads the inputs and output gradients of layers: pass the model itself, not its parameters"
+        )
+    place = {name: i for i, name in enumerate(names)}
+    made: dict[str, tuple[Block, ...]] = {}
+    for i, name in enumerate(names):
+        owner, layer = owners[i], layers.get(name)
+        if not owner.reads_layers or name in made:
+            continue
+        if layer is None or layer.why:
+            owners[i] = owner.spare()
+            made[name] = not_read(table[name].blocks, layer.why if layer else "it is the weight of no layer")
+        elif owner.joins_bias and layer.bias in place and table[layer.bias].rule is None:
+            joint = joined(table[name], layer.bias)
+            if joint is not None:
+                owners[place[layer.bias]] = owner
+                made[name] = made[layer.bias] = joint
+    return made
 
 
 def _sources(
@@ -384,14 +472,12 @@ def _with(recipe: Recipe, overrides: Mapping[str, Any], where: str, strict: bool
     return recipe.replace(**changes) if changes else recipe
 
 
-def _scaled(entry: Entry, recipe: Recipe, known: bool) -> tuple[Block, ...]:
+def _scaled(entry: Entry, blocks: tuple[Block, ...], recipe: Recipe, known: bool) -> tuple[Block, ...]:
     """Blocks with decay switched off where the role is known and is not to be decayed."""
     asked = entry.rule is not None and "weight_decay" in entry.rule.options
     if not known or asked or "weight_decay" not in recipe.numbers():
-        return entry.blocks
-    return tuple(
-        dataclasses.replace(block, wd_scale=0.0) if block.role in UNDECAYED else block for block in entry.blocks
-    )
+        return blocks
+    return tuple(dataclasses.replace(block, wd_scale=0.0) if block.role in UNDECAYED else block for block in blocks)
 
 
 def _engine_options(options: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from guided_descent.build import RoutedOptimizer
+from guided_descent.engine.refresh import waiting_slots
 from guided_descent.engine.rounding import rounding_slots
 from guided_descent.engine.state import work_dtype
 from guided_descent.parts.base import Slot
@@ -22,7 +23,7 @@ class Line:
 
     Attributes:
         parameter: Key of the block.
-        aliases: Other names of the parameter.
+        aliases: Other names of the parameter, and the parameters that are columns of its block.
         role: Its role.
         recipe: The recipe that updates it; ``frozen`` while it takes no gradient.
         group: Index of its param group.
@@ -103,21 +104,33 @@ def explain(optimizer: RoutedOptimizer) -> Explanation:
     lines: list[Line] = []
     shared: dict[tuple[int, str], int] = {}
     total = 0
+    counted: set[str] = set()  # blocks, and parameters whose step counter has been counted
     for index, group in enumerate(optimizer.param_groups):
         for name, tensor in zip(group["param_names"], group["params"]):
             entry = optimizer.table[name]
             total += tensor.numel()
             held = tensor.requires_grad or tensor in optimizer.state
             for number, block in enumerate(optimizer._engine.binder.blocks[name]):
+                if block.key in counted:  # a bias that is a column of its weight's block
+                    continue
+                counted.add(block.key)
+                joined = tuple(other for other in block.names if other != name)
                 parts = optimizer._engine.binder.parts(index, block)
-                share = sum(part.refresh_flops(block) / part.period(group) for part in parts if part.period(group))
-                size = _state_bytes(optimizer, index, block, tensor, first=number == 0) if held else 0
+                share = sum(
+                    task.flops / part.policy(group).period
+                    for part in parts
+                    if part.policy(group).period
+                    for task in part.tasks(block).values()
+                )
+                counters = {f"step of {other}" for other in block.names} - counted
+                counted |= counters
+                size = _state_bytes(optimizer, index, block, tensor) + 4 * len(counters) if held else 0
                 if held:
                     shared |= _shared_bytes(index, parts.slots(block), tensor)
                 lines.append(
                     Line(
                         parameter=block.key,
-                        aliases=entry.aliases if number == 0 else (),
+                        aliases=(entry.aliases if number == 0 else ()) + joined,
                         role=block.role.value,
                         recipe=group["recipe"] if held else "frozen",
                         group=index,
@@ -133,11 +146,12 @@ def explain(optimizer: RoutedOptimizer) -> Explanation:
     return Explanation(tuple(lines), total, size, sum(line.flops for line in lines))
 
 
-def _state_bytes(optimizer: RoutedOptimizer, group: int, block: Block, tensor: torch.Tensor, first: bool) -> int:
+def _state_bytes(optimizer: RoutedOptimizer, group: int, block: Block, tensor: torch.Tensor) -> int:
     work = work_dtype(tensor.dtype)
-    slots = optimizer._engine.binder.parts(group, block).slots(block)
+    parts = optimizer._engine.binder.parts(group, block)
+    slots = parts.slots(block) | waiting_slots(parts, block, optimizer.param_groups[group])
     slots |= rounding_slots(optimizer.param_groups[group]["rounding"], tensor.dtype)
-    size = 4 if first else 0  # the step counter
+    size = 0
     for slot in slots.values():
         each = torch.empty((), dtype=slot.dtype or work).element_size()
         if slot.layout == "param":

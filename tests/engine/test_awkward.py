@@ -416,7 +416,7 @@ def test_a_closure_that_fails_at_the_probe_leaves_the_parameters() -> None:
 # -- a coupled constraint ----------------------------------------------------------------------------------------------
 
 
-def balance(pair: Sequence[Tensor], h: Mapping[str, Any]) -> None:
+def balance(pair: Sequence[Tensor], h: Mapping[str, Any], notes: Mapping[str, Tensor]) -> None:
     """Scale two weights so that their norms are equal and their product stays."""
     a, b = pair
     factor = (b.norm() / a.norm()).sqrt()
@@ -443,7 +443,7 @@ def test_a_constraint_couples_two_parameters() -> None:
     for step in range(5):
         for name, g in gradients(net, step).items():
             expected[name] = expected[name] - 0.05 * g
-        balance([expected["0.weight"], expected["2.weight"]], {})
+        balance([expected["0.weight"], expected["2.weight"]], {}, {})
     close(net, expected)
     assert float(net[0].weight.norm()) == pytest.approx(float(net[2].weight.norm()), rel=1e-12)
 

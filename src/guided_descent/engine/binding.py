@@ -17,6 +17,7 @@ from torch import Tensor
 from guided_descent import kernels
 from guided_descent.engine import rounding
 from guided_descent.engine.buckets import STACK, Bucket, Parameter, Slice, capacity, factor_stack
+from guided_descent.engine.refresh import waiting_slots
 from guided_descent.engine.state import param_slot, real, slot_key, work_dtype
 from guided_descent.parts.base import Part, Parts
 from guided_descent.recipes.base import Recipe
@@ -34,6 +35,7 @@ class Plan:
     pointers: list[int]
     buckets: list[Bucket]
     options: list[tuple[Any, ...]]  # of each group, those that shape the plan
+    places: dict[str, tuple[Bucket, int]]  # of each block, by key
     steps: Tensor  # float32 [parameters], the storage of every state["step"]
     counts: list[int]  # the same on the host
     cuts: dict[tuple[Bucket, tuple[int, ...]], list[Slice]] = field(default_factory=dict)
@@ -124,6 +126,7 @@ class Binder:
             [p.tensor.data_ptr() for p in parameters],
             [],
             self._options(),
+            {},
             torch.zeros(len(parameters)),
             [0] * len(parameters),
         )
@@ -133,7 +136,7 @@ class Binder:
             plan.counts[p.index] = int(count)
             plan.steps[p.index] = plan.counts[p.index]
             self.state[p.tensor]["step"] = plan.steps[p.index]
-        plan.buckets = self._make_buckets(live)
+        plan.buckets = self._make_buckets(live, plan.places)
         return plan
 
     def _follow(self, old: Plan | None, name: str, group: int, tensor: Tensor) -> None:
@@ -169,9 +172,9 @@ class Binder:
         self.state.setdefault(t, {})
         return True
 
-    def _make_buckets(self, live: Sequence[Parameter]) -> list[Bucket]:
+    def _make_buckets(self, live: Sequence[Parameter], places: dict[str, tuple[Bucket, int]]) -> list[Bucket]:
         buckets: dict[tuple[Any, ...], Bucket] = {}
-        places: dict[str, tuple[Bucket, int]] = {}
+        named = {p.name: p for p in live}
         for p in live:
             group = self.groups[p.group]
             for block in p.blocks:
@@ -182,8 +185,8 @@ class Binder:
                 kept = rounding.rounding_slots(mode, p.tensor.dtype)
                 for name in rounding.NAMES - kept.keys():  # of a mode left behind: it would be stale on return
                     self.state[p.tensor].pop(name, None)
-                slots = parts.slots(block) | kept
-                scales = (block.lr_scale, block.wd_scale, block.eps_scale)
+                slots = parts.slots(block) | kept | waiting_slots(parts, block, group)
+                scales = (block.lr_scale, block.wd_scale, block.eps_scale, *(x.wd_scale for x in block.pieces))
                 shape = block.shape if parts.unit == "matrix" else ()
                 factors = tuple((n, slot.shape) for n, slot in slots.items() if slot.layout == "factor")
                 key = (p.group, parts, p.tensor.dtype, p.tensor.device, scales, shape, factors)
@@ -192,7 +195,7 @@ class Binder:
                     buckets[key] = Bucket(p.group, parts, p.tensor.dtype, p.tensor.device, slots, loop)
                 bucket = buckets[key]
                 bucket.blocks.append(block)
-                bucket.owners.append([p])
+                bucket.owners.append([named[name] for name in block.names])
                 places[block.key] = (bucket, len(bucket.blocks) - 1)
         for bucket in buckets.values():
             self._allocate(bucket)

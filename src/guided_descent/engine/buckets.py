@@ -7,6 +7,7 @@ tensors large enough to hide the cost of a call and small enough to stay in cach
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -201,10 +202,10 @@ class Slice:
         block = self.blocks[row]
         if len(block.pieces) == 1:
             return piece.within(matrix)
-        widths = [p.shape[-1] if len(p.shape) > 1 else 1 for p in block.pieces]
+        widths = [math.prod(p.shape[1:]) for p in block.pieces]
         k = block.pieces.index(piece)
         columns = matrix.narrow(-1, sum(widths[:k]), widths[k])
-        return columns if len(piece.shape) > 1 else columns.squeeze(-1)
+        return torch.unflatten(columns, -1, piece.shape[1:]) if len(piece.shape) > 1 else columns.squeeze(-1)
 
     def _view(self, tensor: Tensor, piece: Piece) -> Tensor:
         return self._cut(piece.of(tensor))

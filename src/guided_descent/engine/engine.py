@@ -7,6 +7,7 @@ sum), refresh what is due, apply constraints, count.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,14 +21,23 @@ from guided_descent.engine import rounding
 from guided_descent.engine.binding import Binder, Plan
 from guided_descent.engine.buckets import Bucket, Slice
 from guided_descent.engine.compiled import Compiled
+from guided_descent.engine.observing import Observer
 from guided_descent.engine.policies import PATIENCE, NonFiniteError, all_finite, culprits
-from guided_descent.engine.refresh import due, phases
+from guided_descent.engine.refresh import Refresher
 from guided_descent.engine.state import HALF
 from guided_descent.linalg.workspace import Workspace
 from guided_descent.parts.base import WRITERS, Batch, Part
 from guided_descent.parts.rows import Rows
+from guided_descent.routing.roles import Block
 
+log = logging.getLogger("guided_descent")
 Totals = dict[Part, dict[str, Tensor]]
+#: Events that are logged when they first happen to a parameter.
+LOGGED = {
+    "fallbacks": "a factorisation failed and fell back to a jitter, to float64 or to the last good result",
+    "repairs": "statistics were not finite and have been restarted",
+    "uncaptured": "no statistics of its layer have been captured; it is not updated",
+}
 
 
 @dataclass(eq=False)
@@ -68,20 +78,35 @@ class Engine:
         self.work = Workspace()
         self.audit: dict[str, Counter[str]] = {}
         self.skipped_in_row = 0
+        self.notes: dict[str, dict[str, Tensor]] = {}
         self.compiled: Compiled | None = None
+        self.refresher = Refresher(self)
+        self.observer: Observer | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but scratch and graphs."""
+        """Everything but scratch, graphs and hooks on the model."""
         work = Workspace()
-        return self.__dict__ | {"work": work, "compiled": self.compiled and Compiled(work, self.compiled.backend)}
+        compiled = self.compiled and Compiled(work, self.compiled.backend)
+        return self.__dict__ | {"work": work, "compiled": compiled, "observer": None, "notes": {}}
 
     def bind(self) -> Plan:
         """The plan for the tensors that the groups hold now."""
         return self.binder.bind()
 
+    def bind_current(self) -> Plan:
+        """The plan of the step that is running."""
+        return self.binder.plan or self.bind()
+
     def forget(self) -> None:
         """Bind anew at the next use; state is kept."""
         self.binder.plan = None
+
+    def reload(self) -> None:
+        """Take up the run from state that has been loaded."""
+        self.skipped_in_row = 0
+        self.refresher.forget()
+        if self.observer is not None:
+            self.observer.arm()
 
     # -- one step --------------------------------------------------------------------------------------------------
 
@@ -94,18 +119,40 @@ class Engine:
         plan = self.bind()
         self._check_groups()
         gradients = self._gradients(plan)
-        plan = self.binder.plan or self.bind()
+        plan = self.bind_current()
         active = [i for i, g in enumerate(gradients) if g is not None]
+        try:
+            return self._update(plan, gradients, active, closure, loss)
+        finally:
+            self.notes.clear()
+            if self.observer is not None:
+                self.observer.arm()
+
+    def _update(
+        self,
+        plan: Plan,
+        gradients: list[Tensor | None],
+        active: list[int],
+        closure: Callable[[], Any] | None,
+        loss: Any,
+    ) -> Any:
         if not active or not self._finite(plan, gradients, active):
             return loss
+        if self.observer is None and any(bucket.parts.layer_io for bucket in plan.buckets):
+            raise RuntimeError(
+                "this copy of the optimizer watches no model: call optimizer.watch(model, loss=...) first"
+            )
         probes = self._evaluations(plan)
         if probes > 1:
             gradients = self._probe(plan, gradients, closure, probes)
             active = [i for i, g in enumerate(gradients) if g is not None]
             if not active or not self._finite(plan, gradients, active):
                 return loss
+        if self.observer is not None:
+            self.observer.reduce()
         work = self._schedule(plan, gradients, active)
         self._run(work)
+        self.refresher.run(work)
         self._constrain(plan, gradients)
         self._count(plan, active)
         return loss
@@ -180,7 +227,7 @@ class Engine:
             for step, rows in by_step.items():
                 slices = bucket.slices
                 if len(rows) != len(bucket.blocks):
-                    slices = self._cut(bucket, rows)
+                    slices = self.cut_all(bucket, rows)
                 found += [Work(piece, bucket, step, piece.gradients(gradients), parts) for piece in slices]
         return found
 
@@ -193,9 +240,16 @@ class Engine:
                 found.setdefault(plan.counts[owners[0].index] + 1, []).append(i)
         return dict(found)
 
-    def _cut(self, bucket: Bucket, rows: Sequence[int]) -> list[Slice]:
+    def cut(self, bucket: Bucket, rows: Sequence[int]) -> Slice:
+        """One slice of some blocks of a stacked bucket."""
+        if len(rows) == len(bucket.slices[0].chosen) and list(rows) == bucket.slices[0].chosen:
+            return bucket.slices[0]
+        [found] = self.cut_all(bucket, rows)
+        return found
+
+    def cut_all(self, bucket: Bucket, rows: Sequence[int]) -> list[Slice]:
         """Slices of some blocks of a bucket, remembered, since the same ones come back."""
-        cuts = (self.binder.plan or self.bind()).cuts
+        cuts = self.bind_current().cuts
         key = (bucket, tuple(rows))
         if key not in cuts:
             if len(cuts) >= 256:
@@ -232,7 +286,7 @@ class Engine:
             w.bucket.kernel.run(w.slice.p, w.gradients, w.slice.state, h, step, w.bucket.scales)
             return
         w.batch = self._begin(w)
-        if self.compiled is not None and w.step > 2:
+        if self.compiled is not None and w.step > 2 and w.batch.seen is None:
             w.batch.w = self._open(w)
             w.batch.ticks = self.compiled.run(w.slice, w.parts, w.batch.g, w.batch.w, h, w.step)
         else:
@@ -291,6 +345,7 @@ class Engine:
             first=w.step == 1,
             work=work,
             seed=group["seed"],
+            seen=self.observer.seen_by(piece.blocks) if self.observer is not None else None,
         )
 
     def _advance(self, w: Work, totals: Totals) -> None:
@@ -316,8 +371,7 @@ class Engine:
         if x.w is not None and w.slice.half:
             self._close(w, x.w)
         w.slice.scatter()
-        self._refresh_due(w, x)
-        self._collect(w, x)
+        self.collect(w.slice, x)
 
     def _open(self, w: Work) -> Rows:
         """The parameters to write: themselves, or a float32 working copy of half-precision ones."""
@@ -342,46 +396,24 @@ class Engine:
         name = {"compensated": "comp", "master": "master"}.get(mode)
         return w.slice.state[name].list if name else [None] * len(w.slice.p)
 
-    def _refresh_due(self, w: Work, x: Batch) -> None:
-        """Redo the slow work of the blocks that are due."""
-        h = self.groups[w.bucket.group]
-        for part in w.parts:
-            period = part.period(h)
-            if not period or w.step == 1:
-                continue
-            phase = self._phases(period) if part.refresh_phase(h) else {}
-            rows = [i for i, block in enumerate(w.slice.blocks) if due(w.step, phase.get(block.key, 0), period)]
-            if len(rows) == len(w.slice.blocks):
-                part.refresh(x, w.slice.state, h)
-                w.slice.scatter()
-            elif rows:
-                [piece] = self._cut(w.bucket, [w.slice.chosen[i] for i in rows])
-                some = Work(piece, w.bucket, w.step, piece.p, w.parts)  # a refresh reads no gradient
-                some.batch = self._batch(some)
-                part.refresh(some.batch, piece.state, h)
-                piece.scatter()
-                self._collect(some, some.batch)
+    def view(self, w: Work, piece: Slice) -> Batch:
+        """Some rows of a slice for slow work, which reads no gradient."""
+        return self._batch(Work(piece, w.bucket, w.step, piece.p, w.parts))
 
-    def _collect(self, w: Work, x: Batch) -> None:
+    def collect(self, piece: Slice, x: Batch) -> None:
+        """Count the events of a batch."""
         for counter, each in x.ticks.items():
-            for row, block in enumerate(w.slice.blocks):
-                for name in dict.fromkeys(block.names):
-                    count = each if isinstance(each, int) else each[row]
-                    if count:
-                        self.audit.setdefault(name, Counter())[counter] += count
+            for row, block in enumerate(piece.blocks):
+                self.count(block, counter, each if isinstance(each, int) else each[row])
         x.ticks = {}
 
-    def _phases(self, period: int) -> dict[str, int]:
-        plan = self.binder.plan or self.bind()
-        if period not in plan.phases:
-            costs = {
-                block.key: sum(part.refresh_flops(block) for part in bucket.parts)
-                for bucket in plan.buckets
-                for block in bucket.blocks
-                if any(part.period(self.groups[bucket.group]) == period for part in bucket.parts)
-            }
-            plan.phases[period] = phases(costs, period)
-        return plan.phases[period]
+    def count(self, block: Block, counter: str, times: int = 1) -> None:
+        """Count an event for the parameters of a block; the first fallback or repair of each is logged."""
+        for name in dict.fromkeys(block.names if times else ()):
+            counts = self.audit.setdefault(name, Counter())
+            if counter in LOGGED and not counts[counter]:
+                log.warning("%s at step %d: %s", name, self.groups[0]["steps"] + 1, LOGGED[counter])
+            counts[counter] += times
 
     # -- probes, constraints, counters --------------------------------------------------------------------
 
@@ -437,7 +469,16 @@ class Engine:
                     raise ValueError(f"a constraint of {recipe.label} names {missing[0]!r}, which is no parameter here")
                 members = [named[name] for name in constraint.names]
                 if all(gradients[p.index] is not None for p in members):
-                    constraint.apply([p.tensor.detach() for p in members], self.groups[members[0].group])
+                    more = [named.get(name) for name in constraint.optional]
+                    tensors = [p and p.tensor.detach() for p in (*members, *more)]
+                    notes = self.notes.get(constraint.note, {})
+                    constraint.apply(tensors, self.groups[members[0].group], notes)
+
+    def note(self, kind: str, values: Mapping[str, Tensor]) -> None:
+        """Keep the largest value noted since the last step, elementwise."""
+        kept = self.notes.setdefault(kind, {})
+        for name, value in values.items():
+            kept[name] = torch.maximum(kept[name], value) if name in kept else value.detach().clone()
 
     def _count(self, plan: Plan, active: Sequence[int]) -> None:
         if len(active) == len(plan.counts):

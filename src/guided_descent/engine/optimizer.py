@@ -153,7 +153,11 @@ class Optimizer(torch.optim.Optimizer):
         return tuple(self._recipes)
 
     def audit(self) -> dict[str, dict[str, int]]:
-        """Events counted since the optimizer was built, by parameter: orthogonalizations, refreshes, fallbacks."""
+        """Events counted since the optimizer was built, by parameter: orthogonalizations, refreshes, fallbacks.
+
+        ``refreshes`` and ``skipped_refreshes`` (nothing had drifted) count tasks, one for each side of a matrix, say;
+        ``fallbacks`` factorisations that failed at first; ``repairs`` statistics that were restarted.
+        """
         return {name: dict(counts) for name, counts in self._engine.audit.items()}
 
     def state_bytes(self) -> int:
@@ -167,6 +171,44 @@ class Optimizer(torch.optim.Optimizer):
         """Bytes of scratch held between steps."""
         return self._engine.work.nbytes
 
+    # -- what the training loop tells --------------------------------------------------------------------------------
+
+    def note(self, kind: str, values: Mapping[str, Tensor]) -> None:
+        """Tell the next step what the forward passes have shown, by module name; the largest value counts.
+
+        Args:
+            kind: What is noted: ``max_logits``, the largest attention logit of each head [H], for QK-clip.
+            values: Tensors, by the full name of the module.
+        """
+        self._engine.note(kind, values)
+
+    def due(self, what: str = "curvature") -> bool:
+        """Whether the passes before the next step feed curvature estimates, so that ``curvature_pass`` is wanted.
+
+        Raises:
+            ValueError: ``what`` is something else.
+        """
+        if what != "curvature":
+            raise ValueError(f"due({what!r}): there is only 'curvature'")
+        return self._engine.observer is not None and self._engine.observer.armed
+
+    def curvature_pass(self, out: Any, loss: Any = None) -> None:
+        """Backpropagate sampled labels from the model's output, before the real backward pass; nothing else changes.
+
+        Needed only where the optimizer was built without ``loss``; else it happens by itself in the forward pass.
+
+        Args:
+            out: The model's output, with its graph.
+            loss: The name of the loss or a ``Loss``; the one given at the build, if left out.
+
+        Raises:
+            RuntimeError: The recipe reads no layers.
+        """
+        if self._engine.observer is None:
+            raise RuntimeError("curvature_pass: no recipe of this optimizer reads layers")
+        if self._engine.observer.armed:
+            self._engine.observer.capture.curvature_pass(out, loss)
+
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     @_disable_dynamo
@@ -178,6 +220,7 @@ class Optimizer(torch.optim.Optimizer):
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         self._engine.bind()
+        self._engine.refresher.settle()
         packed = pack(self.param_groups, self.state)
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, packed)
@@ -205,6 +248,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle needs: torch's part, the recipes and the engine without its plan."""
+        self._engine.refresher.settle()  # first: what follows is copied in this order
         return super().__getstate__() | {"_engine": self._engine, "_recipes": self._recipes, "_typed": False}
 
     def __repr__(self) -> str:

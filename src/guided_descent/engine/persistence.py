@@ -129,7 +129,7 @@ def load(engine: Engine, state_dict: Mapping[str, Any]) -> None:
         shared = update.pop("extra", {})
         _overwrite(group, update)
         _overwrite(group["extra"], shared)
-    engine.skipped_in_row = 0
+    engine.reload()
 
 
 def _overwrite(target: dict[str, Any], values: Mapping[str, Any]) -> None:

@@ -71,6 +71,7 @@ def refresh_basis(a: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """One warm-started step towards the eigenbasis of A: sort Q by diag(QᵀAQ), descending, then Q ← qr(A Q).
 
     Orthogonal iteration: far cheaper than an eigendecomposition, and exact when Q already is the eigenbasis.
+    ``track_basis`` is the same step, and says which matrices kept their basis.
 
     Args:
         a: Symmetric matrices [..., d, d].
@@ -92,27 +93,279 @@ def refresh_basis(a: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         >>> order.tolist(), q.abs().tolist()
         ([1, 0], [[0.0, 1.0], [1.0, 0.0]])
     """
-    if a.shape != q.shape:
-        raise ValueError(f"a has shape {tuple(a.shape)} and q {tuple(q.shape)}; both must be the same [..., d, d]")
-    flat, old = _square(a), _square(q)
+    tracked = track_basis(a, q)
+    return tracked.basis, tracked.order
+
+
+class Tracked(NamedTuple):
+    """A basis after one step, and how it relates to the one before.
+
+    Attributes:
+        basis: Orthonormal bases [..., d, d].
+        order: int64 [..., d]: column j of the new basis grew from column ``order[..., j]`` of the old one.
+        failed: Bool [...]: a zero or non-finite matrix, which kept its old basis in its old order.
+    """
+
+    basis: Tensor
+    order: Tensor
+    failed: Tensor
+
+
+def track_basis(a: Tensor, q: Tensor, sort: bool = True) -> Tracked:
+    """The step of ``refresh_basis``, Q ← qr(A Q), with or without its sort, and with a report.
+
+    Args:
+        a: Symmetric matrices [..., d, d].
+        q: Their last orthonormal bases [..., d, d].
+        sort: Whether the columns are first put in descending order of diag(QᵀAQ), as in SOAP. ``False`` keeps every
+            column at its place, so that nothing stored in the basis has to move, as in KL-Shampoo.
+
+    Returns:
+        ``Tracked(basis, order, failed)``; without the sort ``order`` is 0, 1, ..., d - 1.
+
+    Raises:
+        ValueError: The shapes differ or are not square.
+
+    Source:
+        Vyas et al. 2024, arXiv:2409.11321 (sorted); Lin et al. 2025, arXiv:2509.03378 (not sorted).
+
+    Example:
+        >>> a = torch.diag(torch.tensor([1.0, 4.0]))
+        >>> track_basis(a, torch.eye(2), sort=False).order.tolist(), bool(track_basis(0 * a, torch.eye(2)).failed)
+        ([0, 1], True)
+    """
+    flat, old = _pair(a, q)
     flat = flat / _scale(flat)[:, None, None]
     product = flat @ old
     estimate = (old * product).sum(-2)
-    order = estimate.argsort(dim=-1, descending=True, stable=True)
-    columns = order.unsqueeze(-2).expand_as(product)
-    new = torch.linalg.qr(product.gather(-1, columns)).Q
+    identity = torch.arange(old.shape[-1], device=old.device).expand_as(estimate)
+    order = estimate.argsort(dim=-1, descending=True, stable=True) if sort else identity
+    if sort:
+        product = product.gather(-1, order.unsqueeze(-2).expand_as(product))
+    new = torch.linalg.qr(product).Q
     good = new.isfinite().flatten(1).all(-1) & estimate.isfinite().all(-1) & (flat != 0).flatten(1).any(-1)
-    identity = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     order = torch.where(good[:, None], order, identity)
     new = torch.where(good[:, None, None], new, old)
-    return new.to(q.dtype).reshape(q.shape), order.reshape(q.shape[:-1])
+    return Tracked(new.to(q.dtype).reshape(q.shape), order.reshape(q.shape[:-1]), ~good.reshape(q.shape[:-2]))
+
+
+class Diagonal(NamedTuple):
+    """A basis in which a matrix is diagonal to a tolerance.
+
+    Attributes:
+        values: diag(QᵀAQ) [..., d], one for each column.
+        basis: Orthonormal bases Q [..., d, d].
+        order: int64 [..., d]: column j of the new basis grew from column ``order[..., j]`` of the old one.
+        error: ``off_diagonal(a, basis)`` [...], measured on A itself.
+        steps: int64 [...]: QR steps taken.
+        failed: Bool [...]: a zero or non-finite matrix, which kept its old basis; its values are 0.
+    """
+
+    values: Tensor
+    basis: Tensor
+    order: Tensor
+    error: Tensor
+    steps: Tensor
+    failed: Tensor
+
+
+def diagonalise(a: Tensor, q: Tensor, tol: float = 0.01, max_steps: int = 50) -> Diagonal:
+    """The QR algorithm from a warm start: B = QᵀAQ; (q, r) = qr(B), B ← rq, Q ← Qq, until B is diagonal.
+
+    A matrix stops when ‖B - diag B‖_F ≤ tol ‖B‖_F and is frozen from then on: one that is diagonal enough keeps its
+    basis, sorted by diag(QᵀAQ), at the price of QᵀAQ alone. No shift is used, so the entry of columns i and j shrinks
+    by |λ_j / λ_i| a step; close eigenvalues need no separation, because their entry is small to begin with.
+
+    Args:
+        a: Symmetric matrices [..., d, d].
+        q: Their last orthonormal bases [..., d, d].
+        tol: Bound of the off-diagonal part, relative.
+        max_steps: QR steps at most; ``error`` says what is left where that was too few.
+
+    Returns:
+        ``Diagonal(values, basis, order, error, steps, failed)``, the basis in ``q``'s dtype, values and error in
+        ``a``'s, float32 at least.
+
+    Raises:
+        ValueError: The shapes differ or are not square, or ``tol`` or ``max_steps`` is out of range.
+
+    Source:
+        Eschenhagen et al. 2025, arXiv:2506.03595, section 4.
+
+    Example:
+        >>> a = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+        >>> found = diagonalise(a, torch.eye(2), tol=1e-5)
+        >>> found.values.round(decimals=4).tolist(), bool(found.error <= 1e-5)
+        ([3.0, 1.0], True)
+    """
+    if not 0.0 < tol < 1.0:
+        raise ValueError(f"tol={tol!r} must lie in (0, 1): the off-diagonal part of the norm that may stay")
+    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
+        raise ValueError(f"max_steps={max_steps!r} must be an integer of at least 1")
+    flat, old = _pair(a, q)
+    scale = _peak(flat)
+    flat = flat / scale[:, None, None]
+    flat = torch.lerp(flat, flat.mT, 0.5)
+    b = old.mT @ flat @ old
+    good = b.isfinite().flatten(1).all(-1) & (flat != 0).flatten(1).any(-1)
+    order = b.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+    order = torch.where(good[:, None], order, torch.arange(old.shape[-1], device=old.device))
+    basis = old.gather(-1, order.unsqueeze(-2).expand_as(old))
+    b = b.gather(-1, order.unsqueeze(-2).expand_as(b)).gather(-2, order.unsqueeze(-1).expand_as(b))
+    steps = torch.zeros_like(good, dtype=torch.int64)
+    for _ in range(max_steps):
+        rows = (good & (_ratio(b) > tol)).nonzero().flatten()
+        if not len(rows):
+            break
+        turn, r = torch.linalg.qr(b[rows])
+        b[rows], basis[rows] = r @ turn, basis[rows] @ turn
+        steps[rows] += 1
+    basis = torch.where(basis.isfinite().flatten(1).all(-1)[:, None, None], basis, old).to(q.dtype)
+    b = basis.to(flat.dtype).mT @ flat @ basis.to(flat.dtype)
+    values = torch.where(good[:, None], b.diagonal(dim1=-2, dim2=-1) * scale[:, None], torch.zeros_like(order))
+    lead = q.shape[:-2]
+    return Diagonal(
+        values.reshape(q.shape[:-1]),
+        basis.reshape(q.shape),
+        order.reshape(q.shape[:-1]),
+        _ratio(b).reshape(lead),
+        steps.reshape(lead),
+        ~good.reshape(lead),
+    )
+
+
+def off_diagonal(a: Tensor, q: Tensor) -> Tensor:
+    """How far Q is from the eigenbasis of A: ‖B - diag B‖_F / ‖B‖_F of B = QᵀAQ, in [0, 1].
+
+    Args:
+        a: Symmetric matrices [..., d, d].
+        q: Orthonormal bases [..., d, d].
+
+    Returns:
+        [...] in ``a``'s dtype, float32 at least: 0 for a zero matrix, infinity for a non-finite one.
+
+    Raises:
+        ValueError: The shapes differ or are not square.
+
+    Source:
+        Eschenhagen et al. 2025, arXiv:2506.03595, equation 8: the bases are renewed where it exceeds a tolerance.
+
+    Example:
+        >>> a = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+        >>> round(float(off_diagonal(a, torch.eye(2))) ** 2, 3), float(off_diagonal(0 * a, torch.eye(2)))
+        (0.2, 0.0)
+    """
+    flat, basis = _pair(a, q)
+    flat = flat / _peak(flat)[:, None, None]
+    return _ratio(basis.mT @ flat @ basis).reshape(q.shape[:-2])
+
+
+class Alignment(NamedTuple):
+    """Which old column each new one continues: ``new[..., j] ≈ sign[..., j] old[..., order[..., j]]``.
+
+    Attributes:
+        order: int64 [..., d], a permutation.
+        sign: 1 or -1 [..., d], in the bases' dtype, float32 at least.
+    """
+
+    order: Tensor
+    sign: Tensor
+
+
+def align(old: Tensor, new: Tensor) -> Alignment:
+    """Match the columns of a new basis to those of the old one, signs included.
+
+    Neither ``eigh`` nor ``qr`` promises the sign or the order of its columns. What was stored in the coordinates of
+    the old basis follows by ``stored[..., order] * sign``.
+
+    Args:
+        old: Orthonormal bases [..., d, d].
+        new: Orthonormal bases [..., d, d].
+
+    Returns:
+        ``Alignment(order, sign)``; ``order`` is that of ``matching``.
+
+    Raises:
+        ValueError: The shapes differ or are not square.
+
+    Example:
+        >>> align(torch.eye(2), torch.tensor([[0.0, -1.0], [1.0, 0.0]]))
+        Alignment(order=tensor([1, 0]), sign=tensor([ 1., -1.]))
+    """
+    order = matching(old, new)
+    columns = old.gather(-1, order.unsqueeze(-2).expand_as(old))
+    overlap = (columns.to(_wide(old)) * new.to(_wide(new))).sum(-2)
+    return Alignment(order, torch.where(overlap < 0, -1.0, 1.0).to(overlap.dtype))
+
+
+def matching(old: Tensor, new: Tensor) -> Tensor:
+    """For each new column the old one that it continues: the largest |overlap| first, each column used once.
+
+    Of all pairs (i, j) the one with the largest |old_iᵀ new_j| is matched, then the largest among the columns that are
+    left, and so on. Pairs that are each other's best are matched together, which gives the same result in a few
+    rounds.
+
+    Args:
+        old: Orthonormal bases [..., d, d].
+        new: Orthonormal bases [..., d, d].
+
+    Returns:
+        ``order`` [..., d] (int64), a permutation: new column j continues old column ``order[..., j]``. A non-finite
+        overlap counts as none.
+
+    Raises:
+        ValueError: The shapes differ or are not square.
+
+    Example:
+        >>> matching(torch.eye(3), torch.eye(3)[:, [2, 0, 1]]).tolist()
+        [2, 0, 1]
+    """
+    before, after = _pair(old, new, names=("old", "new"))
+    overlap = (before.mT @ after).abs().nan_to_num_(nan=0.0, posinf=0.0)
+    order = torch.full(overlap.shape[:-1], -1, device=overlap.device)
+    places = torch.arange(overlap.shape[-1], device=overlap.device)
+    while bool((order < 0).any()):
+        wanted, wanting = overlap.argmax(-2), overlap.argmax(-1)  # what each new, and each old column prefers
+        mutual = (wanting.gather(-1, wanted) == places) & (order < 0)
+        order = torch.where(mutual, wanted, order)
+        overlap.masked_fill_((wanted.gather(-1, wanting) == places)[:, :, None], -1.0)
+        overlap.masked_fill_(mutual[:, None, :], -1.0)
+    return order.reshape(new.shape[:-1])
+
+
+def _wide(a: Tensor) -> torch.dtype:
+    return torch.promote_types(a.dtype, torch.float32)
+
+
+def _pair(a: Tensor, q: Tensor, names: tuple[str, str] = ("a", "q")) -> tuple[Tensor, Tensor]:
+    """Both as [B, d, d], in float32 at least."""
+    if a.shape != q.shape:
+        raise ValueError(
+            f"{names[0]} has shape {tuple(a.shape)} and {names[1]} {tuple(q.shape)}; both must be the same [..., d, d]"
+        )
+    return _square(a), _square(q)
+
+
+def _peak(a: Tensor) -> Tensor:
+    """The largest |element| of each matrix [B]; 1 where that is useless (a zero or non-finite matrix)."""
+    peak = a.abs().flatten(1).amax(-1)
+    return torch.where((peak > 0) & peak.isfinite(), peak, torch.ones_like(peak))
+
+
+def _ratio(b: Tensor) -> Tensor:
+    """‖B - diag B‖_F / ‖B‖_F [B]: 0 for zero, infinity for non-finite."""
+    whole = torch.linalg.matrix_norm(b)
+    diagonal = torch.diag_embed(b.diagonal(dim1=-2, dim2=-1))
+    ratio = torch.linalg.matrix_norm(b - diagonal) / whole
+    ratio = torch.where(whole == 0, torch.zeros_like(ratio), ratio)
+    return torch.where(whole.isfinite(), ratio, torch.full_like(ratio, torch.inf))
 
 
 def _square(a: Tensor) -> Tensor:
     """As [B, d, d] in float32 at least."""
     if a.ndim < 2 or a.shape[-1] != a.shape[-2] or not a.dtype.is_floating_point:
         raise ValueError(f"a has shape {tuple(a.shape)} and dtype {a.dtype}; it must be real and square, [..., d, d]")
-    return a.reshape(-1, *a.shape[-2:]).to(torch.promote_types(a.dtype, torch.float32))
+    return a.reshape(a.shape[:-2].numel(), *a.shape[-2:]).to(_wide(a))
 
 
 def _scale(a: Tensor) -> Tensor:

@@ -1,13 +1,15 @@
 """Parts: the ideas of optimizers as tensor functions over a batch and declared state, to be combined freely."""
 
-from guided_descent.parts.base import ORDER, Batch, Hyper, Needs, Part, Parts, Slot, State
+from guided_descent.parts.base import ORDER, Batch, Found, Hyper, Needs, Part, Parts, Policy, Slot, State, Task
 from guided_descent.parts.estimate import AdamMoments, Ema, Momentum, NadamMoments
-from guided_descent.parts.geometry import NS_DTYPES, Eigenbasis, Polar
+from guided_descent.parts.geometry import CARRIES, NS_DTYPES, Eigenbasis, Polar
 from guided_descent.parts.rows import Rows
 from guided_descent.parts.scale import SCALES, MatrixScale
+from guided_descent.parts.slow import Slow
 from guided_descent.parts.step import L2, Decoupled, Descend, writable
 
 __all__ = [
+    "CARRIES",
     "L2",
     "NS_DTYPES",
     "ORDER",
@@ -18,6 +20,7 @@ __all__ = [
     "Descend",
     "Eigenbasis",
     "Ema",
+    "Found",
     "Hyper",
     "MatrixScale",
     "Momentum",
@@ -26,8 +29,11 @@ __all__ = [
     "Part",
     "Parts",
     "Polar",
+    "Policy",
     "Rows",
     "Slot",
+    "Slow",
     "State",
+    "Task",
     "writable",
 ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from torch import Tensor
 from guided_descent.linalg.workspace import Workspace
 from guided_descent.parts.rows import Number, Rows, Scalar
 from guided_descent.routing.roles import Block
+
+if TYPE_CHECKING:
+    from guided_descent.capture import LayerIO
 
 #: The slots of one update, in the order in which they run.
 ORDER = (
@@ -41,6 +44,7 @@ WRITERS = frozenset({"decay_before", "step", "decay_after"})
 Unit: TypeAlias = Literal["element", "block", "matrix"]
 Hyper: TypeAlias = Mapping[str, Any]  # one group's numbers, by key
 State: TypeAlias = dict[str, Any]  # slot name -> Rows (parameter-shaped), stacked Tensor (factor) or 0-d Tensor (group)
+Found: TypeAlias = Mapping[str, Tensor]  # results of slow work, by name, each [B, ...]
 Self = TypeVar("Self", bound="Part")
 
 
@@ -71,9 +75,41 @@ class Needs:
 
     Attributes:
         evaluations: Gradient evaluations in one step; more than 1 needs ``step(closure)`` with a re-callable closure.
+        layer_io: Whether it reads the inputs and output gradients of layers; see ``Part.observe``.
     """
 
     evaluations: int = 1
+    layer_io: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """One piece of slow work on a block, such as the factorisation of one side: never divided, never forgotten.
+
+    Attributes:
+        flops: What it costs; tasks are spread over the period by cost.
+        results: Shape, dtype and fill of what it finds, by name; held in the state while it waits to land.
+    """
+
+    flops: float
+    results: Mapping[str, Slot] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """When slow work is redone.
+
+    Attributes:
+        period: Steps between two refreshes of a task; 0: never.
+        staggered: Whether tasks are spread over the period by cost, or all fall on one step.
+        tolerance: A task whose ``drift`` is not above it is skipped; 0 skips none.
+        lag: Steps between the start of a task and its landing. 0: it is done at once; else on a background thread.
+    """
+
+    period: int = 0
+    staggered: bool = True
+    tolerance: float = 0.0
+    lag: int = 0
 
 
 class Batch:
@@ -87,8 +123,11 @@ class Batch:
         step: Number of this update of these rows, from 1; a 0-d tensor in compiled mode.
         first: Whether this is the first update of these rows.
         lr_scale: Multiplier of the learning rate.
-        wd_scale: Multiplier of the weight decay.
+        wd_scale: Multiplier of the weight decay; one for each row where the pieces of the blocks differ.
         eps_scale: Multiplier of eps.
+        seen: What ``observe`` gathered from the layers for this step, stacked ``[B, ...]``, with ``seen["count"]`` [B]
+            the number of backward passes; ``None`` where no block has seen anything. A block that saw nothing has
+            zeros.
         work: Scratch memory.
     """
 
@@ -103,6 +142,7 @@ class Batch:
         first: bool,
         work: Workspace,
         seed: int = 0,
+        seen: Mapping[str, Tensor] | None = None,
     ) -> None:
         block = blocks[0]
         self.g = g
@@ -113,9 +153,11 @@ class Batch:
         self.step = step
         self.first = first
         self.lr_scale = block.lr_scale
-        self.wd_scale = block.wd_scale
+        scales = [block.wd_scale * piece.wd_scale for block in blocks for piece in block.pieces]
+        self.wd_scale: float | list[float] = scales[0] if len(set(scales)) == 1 else scales
         self.eps_scale = block.eps_scale
         self.work = work
+        self.seen = seen
         self.held = False
         self.ticks: dict[str, int | Sequence[int]] = {}
         self._seed = seed
@@ -193,9 +235,12 @@ class Batch:
         """Count an event (an orthogonalisation, a refresh, a fallback) for every block, or by block."""
         self.ticks[counter] = each
 
-    def generator(self, salt: str = "") -> torch.Generator:
-        """A random generator fixed by (seed, name of the first block, step, salt): equal on every rank, none saved."""
-        text = f"{self._seed}/{self.blocks[0].key}/{int(self.step)}/{salt}"
+    def generator(self, salt: str = "", shared: bool = False) -> torch.Generator:
+        """A random generator fixed by (seed, name of the first block, step, salt): equal on every rank, none saved.
+
+        With ``shared`` the block's name is left out: all batches draw the same, however blocks are batched.
+        """
+        text = f"{self._seed}/{'' if shared else self.blocks[0].key}/{int(self.step)}/{salt}"
         number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
         return torch.Generator(device=self.g.list[0].device).manual_seed(number)
 
@@ -259,16 +304,51 @@ class Part:
     def probe(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Write the displacement at which the next gradient is taken; for parts with ``needs.evaluations > 1``."""
 
-    def refresh(self, x: Batch, s: State, h: Hyper) -> None:
-        """Slow work on the rows that are due; see ``period``."""
+    # -- what the layers tell ----------------------------------------------------------------------------------------
 
-    def period(self, h: Hyper) -> int:
-        """Steps between refreshes; 0 for a part without slow work."""
-        return 0
+    def observes(self, h: Hyper, step: int) -> bool:
+        """Whether it wants to see the layers in the passes that lead to update number ``step``."""
+        return self.needs.layer_io
 
-    def refresh_phase(self, h: Hyper) -> bool:
-        """Whether refreshes are spread over the period (true) or fall on one step (false)."""
-        return False
+    def observe(self, seen: dict[str, Tensor], io: LayerIO, s: State, block: Block, h: Hyper) -> None:
+        """Fold one layer's input and output gradient into ``seen``: raw sums, which the engine adds over ranks.
+
+        Called inside backward, once for each micro-batch. ``seen`` is empty at first and comes back stacked as
+        ``x.seen`` in the update. ``s`` holds this block's factor state, without the batch axis. Where the block is a
+        part of the layer, ``io`` holds that part.
+        """
+        raise TypeError(f"{type(self).__name__} does not define observe")
+
+    # -- slow work: task by task, in three acts ------------------------------------------------------------------------
+
+    def policy(self, h: Hyper) -> Policy:
+        """When its tasks are redone; the first update is the part's own business."""
+        return Policy()
+
+    def tasks(self, block: Block) -> dict[str, Task]:
+        """Its slow work on a block, by name."""
+        return {}
+
+    def inputs(self, task: str, s: State, h: Hyper) -> tuple[Tensor, ...]:
+        """The state that a task reads, each ``[B, ...]``."""
+        return ()
+
+    def drift(self, inputs: Sequence[Tensor], h: Hyper) -> Tensor:
+        """How far the last result is from right for these inputs ``[B]``, to be compared with the tolerance."""
+        raise TypeError(f"{type(self).__name__} does not define drift: it has no tolerance")
+
+    def solve(self, inputs: Sequence[Tensor], h: Hyper) -> Found:
+        """The slow work: a pure function, run here or on another thread. Results as the task declares, each [B, ...].
+
+        The names ``fallbacks`` and ``failed`` [B] are counted by the engine; ``failed`` rows must be kept as they are.
+        """
+        raise TypeError(f"{type(self).__name__} does not define solve")
+
+    def land(self, x: Batch, s: State, h: Hyper, task: str, found: Found) -> None:
+        """Take the results into the state and carry along what depends on it."""
+        raise TypeError(f"{type(self).__name__} does not define land")
+
+    # -- cost ----------------------------------------------------------------------------------------------------------
 
     def idle(self, h: Hyper) -> bool:
         """Whether the part does nothing at these numbers, so that the engine leaves it out."""
@@ -276,10 +356,6 @@ class Part:
 
     def flops(self, block: Block) -> float:
         """Floating point operations for a block and step, refreshes excluded."""
-        return 0.0
-
-    def refresh_flops(self, block: Block) -> float:
-        """Floating point operations of one refresh of a block."""
         return 0.0
 
     def scratch(self, block: Block) -> int:
@@ -308,6 +384,7 @@ class Parts:
         self._parts = tuple(sorted(parts, key=lambda part: ORDER.index(part.where)))
         units = [part.unit for part in self._parts]
         self.unit: Unit = "matrix" if "matrix" in units else "block" if "block" in units else "element"
+        self.layer_io = any(part.needs.layer_io for part in self._parts)
         self.evaluations = max((part.needs.evaluations for part in self._parts), default=1)
 
     def __iter__(self) -> Iterator[Part]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Number: TypeAlias = float | Tensor
-Scalar: TypeAlias = float | Tensor | Sequence[float]  # one for all rows, or one for each row
+Scalar: TypeAlias = float | Tensor | Sequence[Number]  # one for all rows, or one for each row
 
 
 class Rows:
@@ -162,7 +162,7 @@ class Rows:
     def _binary(
         self, other: Rows | Scalar, one: Callable[[Tensor, Number], Tensor], many: Callable[..., object]
     ) -> Rows:
-        if self.loop or isinstance(other, Tensor):
+        if self.loop or isinstance(other, Tensor) or (isinstance(other, list) and isinstance(other[0], Tensor)):
             values = other.list if isinstance(other, Rows) else self._each(other)
             for a, b in zip(self.list, values):
                 one(a, b)

@@ -40,7 +40,7 @@ class L2(Part):
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Add the decay to the gradient."""
         if x.wd_scale:
-            x.take().add_(x.p, alpha=h[self.weight_decay] * x.wd_scale)
+            x.take().add_(x.p, alpha=_times(h[self.weight_decay], x.wd_scale))
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,12 @@ class Decoupled(Part):
         rate: Number = h[self.lr]
         if self.independent:
             rate = _share(rate, h.get("initial_lr", h["peak_lr"]))
-        writable(x).mul_(1 - rate * h[self.weight_decay] * x.wd_scale)
+        decay = _times(rate * h[self.weight_decay], x.wd_scale)
+        writable(x).mul_([1 - each for each in decay] if isinstance(decay, list) else 1 - decay)
+
+
+def _times(number: Number, scale: float | list[float]) -> Number | list[Number]:
+    return [number * each for each in scale] if isinstance(scale, list) else number * scale
 
 
 def _share(rate: Number, peak: Number) -> Number:

@@ -66,6 +66,21 @@ def static(default: Any, *, of: Iterable[Any] | None = None, help: str = "") -> 
     return field(default=default, metadata={"kind": "static", "of": None if of is None else tuple(of), "help": help})
 
 
+def schedule() -> Any:
+    """The field ``refresh_schedule`` of a recipe with slow work."""
+    return static("staggered", of=("staggered", "every"), help="spread the refreshes by cost, or all on one step")
+
+
+def tolerance() -> Any:
+    """The field ``refresh_tolerance`` of a recipe with slow work."""
+    return hyper(0.0, ge=0, help="drift up to which a refresh is skipped; 0 skips none")
+
+
+def lag() -> Any:
+    """The field ``refresh_lag`` of a recipe with slow work."""
+    return static(0, help="0, or the steps after which refreshes started on a background thread are used")
+
+
 @dataclass(frozen=True)
 class Info:
     """What the registry knows of a recipe.
@@ -123,12 +138,16 @@ class Recipe:
     """A point in the space of optimizers. Subclasses declare fields, ``parts`` and, for hybrids, ``route``.
 
     Class attributes: ``key`` (set by the registry), ``revision`` (bumped when the mathematics changes, compared on
-    load) and ``matrix`` (whether blocks that are no matrices need another recipe).
+    load), ``matrix`` (whether blocks that are no matrices need another recipe), ``reads_layers`` (whether it needs the
+    inputs and output gradients of layers, so that a model is needed and a layer that cannot be read goes to ``aux``)
+    and ``joins_bias`` (whether weight and bias of a layer are one block ``[W | b]``).
     """
 
     key: ClassVar[str] = ""
     revision: ClassVar[int] = 1
     matrix: ClassVar[bool] = False
+    reads_layers: ClassVar[bool] = False
+    joins_bias: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.check(self.values())
@@ -150,6 +169,10 @@ class Recipe:
     def default_aux(self) -> Recipe:
         """The auxiliary recipe where the field holds none."""
         raise TypeError(f"{self.label} has no auxiliary recipe")
+
+    def spare(self) -> Recipe:
+        """The auxiliary recipe."""
+        return getattr(self, "aux", None) or self.default_aux()
 
     @property
     def label(self) -> str:
@@ -225,11 +248,18 @@ class Constraint:
 
     Attributes:
         names: Canonical parameter names.
-        apply: Called with the parameters, in that order, and the numbers of the first one's group.
+        apply: Called with the parameters of ``names`` and of ``optional`` in that order, the numbers of the first one's
+            group, and the notes of its kind since the last step, by module name; see ``Optimizer.note``.
+        note: The kind of notes that it reads.
+        module: The module whose note it reads.
+        optional: Parameters that it takes where they exist, ``None`` where not.
     """
 
     names: tuple[str, ...]
-    apply: Callable[[Sequence[Tensor], Mapping[str, Any]], None]
+    apply: Callable[[Sequence[Any], Mapping[str, Any], Mapping[str, Tensor]], None]
+    note: str = ""
+    module: str = ""
+    optional: tuple[str, ...] = ()
 
 
 def _check_choice(label: str, value: Any, of: tuple[Any, ...] | None, default: Any) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from guided_descent.parts import Decoupled, Descend, Eigenbasis, Parts
+from guided_descent.parts import CARRIES, Decoupled, Descend, Eigenbasis, Parts
 from guided_descent.recipes.adam import DECAYS, AdamW
-from guided_descent.recipes.base import Recipe, hyper, recipe, static
+from guided_descent.recipes.base import Recipe, hyper, lag, recipe, schedule, static, tolerance
 from guided_descent.routing.roles import Block, Role
 
 
@@ -27,9 +27,13 @@ class SOAP(Recipe):
     eps: float = hyper(1e-8, ge=0, help="added to the root of the second moment")
     weight_decay: float = hyper(0.01, ge=0, help="decay; lr * weight_decay is taken off in a step")
     precondition_frequency: int = hyper(10, ge=1, help="steps between refreshes of the bases")
-    refresh_schedule: str = static("staggered", of=("staggered", "every"), help="spread the refreshes, or all at once")
+    refresh_schedule: str = schedule()
+    refresh_tolerance: float = tolerance()
+    refresh_lag: int = lag()
     refresh_method: str = static("qr", of=("qr", "eigh"), help="one step of orthogonal iteration, or a full solve")
+    second_moment: str = static("permute", of=CARRIES, help="how the second moment follows a change of basis")
     max_precond_dim: int = static(10_000, help="longer sides keep the identity")
+    one_sided: bool = static(False, help="precondition the shorter side alone")
     decay: str = static(
         "decoupled", of=(*DECAYS, "after"), help="after: decay follows the step, as in the paper's code"
     )
@@ -49,7 +53,7 @@ class SOAP(Recipe):
         """Adam between two rotations, decay, step."""
         decay = Decoupled(independent=self.decay == "independent")
         return Parts(
-            Eigenbasis(max_dim=self.max_precond_dim),
+            Eigenbasis(max_dim=self.max_precond_dim, one_sided=self.one_sided),
             decay.at("decay_after") if self.decay == "after" else decay,
             Descend(),
         )

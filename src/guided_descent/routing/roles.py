@@ -51,12 +51,14 @@ class Piece:
         shape: Shape of ``parameter[index]``.
         index: Slices that select the piece; ``()`` is the whole parameter.
         perm: Permutation that brings the axes of the piece to (batch, rows, columns) order; ``None`` leaves them.
+        wd_scale: Multiplier on the weight decay beside the block's: 0 for the bias in a block of weight and bias.
     """
 
     name: str
     shape: tuple[int, ...]
     index: tuple[slice, ...] = field(default=(), hash=False)  # slices have no hash before Python 3.12
     perm: tuple[int, ...] | None = None
+    wd_scale: float = 1.0
 
     def of(self, tensor: Tensor) -> Tensor:
         """The piece as a view of a parameter-shaped tensor (the parameter, its gradient or its state)."""

@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from guided_descent.linalg.eigen import eigenbasis, refresh_basis
-from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, Unit
+from guided_descent.linalg.eigen import FAILED, eigenbasis, matching, off_diagonal, track_basis
+from guided_descent.parts.base import Batch, Found, Hyper, Part, Slot, State, Task, Unit
 from guided_descent.parts.estimate import AdamMoments
 from guided_descent.parts.rows import Number
+from guided_descent.parts.slow import Slow
 from guided_descent.routing.roles import Block
 
 SIDES = ("left", "right")
 
 
+#: How second moments kept in an eigenbasis follow it to the next one; see ``Eigenbasis``.
+CARRIES = ("permute", "keep", "rank", "rotate")
+
+
 @dataclass(frozen=True)
-class Eigenbasis(Part):
+class Eigenbasis(Slow):
     """Run another part in the eigenbases of both sides: ``u <- Q_L f(Q_L^T G Q_R) Q_R^T``.
 
     The bases are those of ``L = EMA[G G^T]`` and ``R = EMA[G^T G]``. The first call sets L, R and their exact
     eigenbases and makes no update, so that no gradient is ever projected onto a basis made of it alone; the inner
-    part's step counter leaves it out. Every ``frequency`` steps the columns are sorted by ``diag(Q^T A Q)`` and one
-    step of orthogonal iteration is taken (``refresh_method`` ``qr``), or the bases are solved anew (``eigh``). The
-    inner part's ``vector`` slots are rotated along, its ``square`` slots follow the permutation. A side longer than
-    ``max_dim`` keeps the identity. The factors' memory is ``beta``, or the second of ``betas`` where that is
-    ``None``. State: ``left``, ``right`` and ``left_basis``, ``right_basis``, ``[m, m]`` and ``[n, n]``, at least
-    float32. Counted: ``refreshes``, ``fallbacks``. Source: Vyas et al. 2024, 2409.11321.
+    part's step counter leaves it out. A refresh takes one step of orthogonal iteration (``refresh_method`` ``qr``), or
+    solves the bases anew (``eigh``). The inner part's ``vector`` slots are rotated along. Its ``square`` slots follow
+    as ``second_moment`` says, with old basis Q and new basis Q':
+
+    - ``permute``: columns are sorted by ``diag(Q^T A Q)`` and the slots with them (the paper's code);
+    - ``keep``: each new column stays where the old one that it came from is, and nothing moves;
+    - ``rank``: columns are sorted and the slots stay: a value belongs to the rank of an eigenvalue;
+    - ``rotate``: the slots are mixed by ``(Q'^T Q)^2`` elementwise, the exact rule for independent coordinates.
+
+    A side longer than ``max_dim`` keeps the identity, and so does the longer one where ``one_sided``. The factors'
+    memory is ``beta``, or the second of ``betas`` where that is ``None``. State: ``left``, ``right`` and
+    ``left_basis``, ``right_basis``, ``[m, m]`` and ``[n, n]``, at least float32. Counted: ``refreshes``,
+    ``skipped_refreshes``, ``fallbacks``, ``repairs``. Source: Vyas et al. 2024, 2409.11321.
     """
 
     slot: ClassVar[str] = "geometry"
@@ -37,19 +49,23 @@ class Eigenbasis(Part):
     inner: Part = field(default_factory=lambda: AdamMoments(late_correction=True))
     beta: str = "shampoo_beta"
     betas: str = "betas"
-    frequency: str = "precondition_frequency"
     method: str = "refresh_method"
-    schedule: str = "refresh_schedule"
+    carry: str = "second_moment"
     max_dim: int = 10_000
+    one_sided: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:
         """Group keys it reads, those of the inner part included."""
-        return (self.beta, self.betas, self.frequency, self.method, self.schedule, *self.inner.keys)
+        return (*super().keys, self.beta, self.betas, self.method, self.carry, *self.inner.keys)
 
     def sides(self, block: Block) -> dict[str, int]:
         """The preconditioned sides and their lengths."""
-        return {side: d for side, d in zip(SIDES, block.shape[-2:]) if d <= self.max_dim}
+        m, n = block.shape[-2:]
+        chosen = {side: d for side, d in zip(SIDES, (m, n)) if d <= self.max_dim}
+        if self.one_sided and len(chosen) == 2:
+            del chosen["left" if m > n else "right"]
+        return chosen
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """Factors and bases of each side, and the state of the inner part."""
@@ -70,55 +86,62 @@ class Eigenbasis(Part):
         g = x.take().whole
         beta = h[self.betas][1] if h[self.beta] is None else h[self.beta]
         if "left" in s:
-            _average(s["left"], g, g.mT, beta)
+            average(s["left"], g, g.mT, beta)
         if "right" in s:
-            _average(s["right"], g.mT, g, beta)
+            average(s["right"], g.mT, g, beta)
         if x.first:
-            self._solve(x, s)
+            start_bases(x, s)
             x.hold()
             return
-        self._rotate(x, g, s, into=True)
+        rotate(x, g, s, into=True)
         number = x.step
         x.step, x.first = number - 1, not isinstance(number, Tensor) and number == 2  # the first call does not count
         self.inner.update(x, s, h, total)
         x.step, x.first = number, False
-        self._rotate(x, x.own().whole, s, into=False)
+        rotate(x, x.own().whole, s, into=False)
 
-    def refresh(self, x: Batch, s: State, h: Hyper) -> None:
-        """Move to the new bases and carry the inner state along."""
-        old = {side: s[f"{side}_basis"].clone() for side in SIDES if side in s}
-        orders: dict[str, Tensor] = {}
-        if h[self.method] == "eigh":
-            self._solve(x, s)
-        else:
-            for side in old:
-                basis, orders[side] = refresh_basis(s[side], s[f"{side}_basis"])
-                s[f"{side}_basis"].copy_(basis)
+    # -- refreshes -------------------------------------------------------------------------------------------------
+
+    def tasks(self, block: Block) -> dict[str, Task]:
+        """One for each side, of about ``(6 + 8/3) d^3``."""
+        lead = block.shape[:-2]
+        return {
+            side: Task((6 + 8 / 3) * d**3 * block.batch, basis_results(lead, d))
+            for side, d in self.sides(block).items()
+        }
+
+    def inputs(self, task: str, s: State, h: Hyper) -> tuple[Tensor, ...]:
+        """The factor and its last basis."""
+        return s[task], s[f"{task}_basis"]
+
+    def drift(self, inputs: Sequence[Tensor], h: Hyper) -> Tensor:
+        """``||offdiag(Q^T A Q)||_F / ||Q^T A Q||_F``, the largest of a block."""
+        return off_diagonal(*inputs).flatten(1).amax(1) if inputs[0].ndim > 3 else off_diagonal(*inputs)
+
+    def solve(self, inputs: Sequence[Tensor], h: Hyper) -> Found:
+        """The next basis, and which old column each new one follows."""
+        return next_basis(*inputs, method=h[self.method], sort=h[self.carry] != "keep")
+
+    def land(self, x: Batch, s: State, h: Hyper, task: str, found: Found) -> None:
+        """Move to the new basis and carry the inner state along."""
+        old, new = s[f"{task}_basis"], found["basis"]
+        left = task == "left"
         stack = x.spare("direction")
+        turn: Tensor | None = None
         for name, slot in self.inner.slots(x.blocks[0]).items():
-            if slot.basis == "none":
+            if slot.basis == "none" or (slot.basis == "square" and h[self.carry] in ("keep", "rank")):
                 continue
             value = stack.copy_(s[name]).whole
-            if slot.basis == "vector":
-                if "left" in old:
-                    value.copy_(s["left_basis"].mT @ (old["left"] @ value))
-                if "right" in old:
-                    value.copy_((value @ old["right"].mT) @ s["right_basis"])
+            if slot.basis == "square" and h[self.carry] == "permute":
+                order = found["order"].unsqueeze(-1 if left else -2).expand_as(value)
+                value.copy_(value.gather(-2 if left else -1, order))
             else:
-                if "left" in orders:
-                    value.copy_(value.gather(-2, orders["left"].unsqueeze(-1).expand_as(value)))
-                if "right" in orders:
-                    value.copy_(value.gather(-1, orders["right"].unsqueeze(-2).expand_as(value)))
+                turn = new.mT @ old if turn is None else turn
+                by = turn if slot.basis == "vector" else turn.square()
+                value.copy_(by @ value if left else value @ by.mT)
             s[name].copy_(stack)
-        x.tick("refreshes")
-
-    def period(self, h: Hyper) -> int:
-        """Steps between refreshes."""
-        return int(h[self.frequency])
-
-    def refresh_phase(self, h: Hyper) -> bool:
-        """Whether the refreshes of the blocks are spread over the period."""
-        return bool(h[self.schedule] == "staggered")
+        old.copy_(new)
+        repair(x, s, task, [name for name, slot in self.inner.slots(x.blocks[0]).items() if slot.basis != "none"])
 
     def flops(self, block: Block) -> float:
         """Factors, rotation into the bases and back: ``6 (m^2 n + m n^2)``, and the inner part."""
@@ -127,51 +150,96 @@ class Eigenbasis(Part):
         products = 6.0 * (m * m * n * ("left" in sides) + m * n * n * ("right" in sides))
         return block.batch * products + self.inner.flops(block)
 
-    def refresh_flops(self, block: Block) -> float:
-        """About ``(6 + 8/3) d^3`` for each side."""
-        return block.batch * sum((6 + 8 / 3) * d**3 for d in self.sides(block).values())
-
     def scratch(self, block: Block) -> int:
         """Two matrices and one product for each side, in float32."""
         m, n = block.shape[-2:]
         return 4 * block.batch * (2 * m * n + m * m + n * n)
 
-    def _solve(self, x: Batch, s: State) -> None:
-        """Exact eigenbases; a row that cannot be solved keeps the basis it has (the identity at first)."""
-        fallbacks = torch.zeros(len(x.blocks), dtype=torch.long)
-        for side in SIDES:
-            if side not in s:
-                continue
-            found = eigenbasis(s[side])
-            basis = s[f"{side}_basis"]
-            if x.first:
-                basis.copy_(torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device).expand_as(basis))
-            basis.copy_(torch.where(found.failed[..., None, None], basis, found.basis))
-            fallbacks += (found.fallbacks > 0).reshape(len(x.blocks), -1).sum(1).cpu()
-        if bool(fallbacks.any()):
-            x.tick("fallbacks", fallbacks.tolist())
 
-    def _rotate(self, x: Batch, value: Tensor, s: State, *, into: bool) -> None:
-        """``Q_L^T V Q_R`` into the bases, or ``Q_L V Q_R^T`` out of them, in place."""
-        half = x.work.take("rotate", value.shape, value.dtype, value.device)
-        source = value
-        if "left" in s:
-            left = s["left_basis"]
-            torch.matmul(left.mT if into else left, value, out=half)
-            source = half
-        if "right" in s:
-            right = s["right_basis"]
-            target = value if source is half else half
-            torch.matmul(source, right if into else right.mT, out=target)
-            source = target
-        if source is not value:
-            value.copy_(source)
+# -- what the methods of this family share -----------------------------------------------------------------------------
 
 
-def _average(factor: Tensor, a: Tensor, b: Tensor, beta: Number) -> None:
-    """``F <- beta F + (1 - beta) A B``, without a temporary where the weight is a plain number."""
+def average(factor: Tensor, a: Tensor, b: Tensor, beta: Number, scale: float = 1.0) -> None:
+    """``F <- beta F + (1 - beta) scale A B``, without a temporary where the weight is a plain number."""
     if isinstance(beta, Tensor):
-        factor.lerp_(a @ b, (1 - beta).to(factor.dtype))
+        factor.lerp_((a @ b).mul_(scale), (1 - beta).to(factor.dtype))
     else:
         flat = factor.view(-1, *factor.shape[-2:])
-        flat.baddbmm_(a.flatten(0, -3), b.flatten(0, -3), beta=beta, alpha=1 - beta)
+        flat.baddbmm_(a.flatten(0, -3), b.flatten(0, -3), beta=beta, alpha=(1 - beta) * scale)
+
+
+def rotate(x: Batch, value: Tensor, s: State, *, into: bool) -> None:
+    """``Q_L^T V Q_R`` into the bases ``left_basis``, ``right_basis``, or ``Q_L V Q_R^T`` out of them, in place."""
+    half = x.work.take("rotate", value.shape, value.dtype, value.device)
+    source = value
+    if "left_basis" in s:
+        left = s["left_basis"]
+        torch.matmul(left.mT if into else left, value, out=half)
+        source = half
+    if "right_basis" in s:
+        right = s["right_basis"]
+        target = value if source is half else half
+        torch.matmul(source, right if into else right.mT, out=target)
+        source = target
+    if source is not value:
+        value.copy_(source)
+
+
+def start_bases(x: Batch, s: State) -> None:
+    """Exact eigenbases of the first factors; the identity where they cannot be found, which is counted."""
+    fallbacks = torch.zeros(len(x.blocks), dtype=torch.long)
+    for side in SIDES:
+        if side not in s:
+            continue
+        found = eigenbasis(s[side])  # the identity where it failed
+        s[f"{side}_basis"].copy_(found.basis)
+        fallbacks += (found.fallbacks > 0).reshape(len(x.blocks), -1).sum(1).cpu()
+    if bool(fallbacks.any()):
+        x.tick("fallbacks", fallbacks.tolist())
+
+
+def basis_results(lead: tuple[int, ...], d: int) -> dict[str, Slot]:
+    """What ``next_basis`` finds for a factor ``[d, d]``."""
+    return {
+        "basis": Slot("factor", (*lead, d, d)),
+        "order": Slot("factor", (*lead, d), torch.int64),
+        "fallbacks": Slot("factor", lead, torch.int8),
+    }
+
+
+def next_basis(factor: Tensor, basis: Tensor, *, method: str, sort: bool) -> Found:
+    """The basis after ``basis``: one step of orthogonal iteration (``qr``), or a full solve (``eigh``).
+
+    ``order`` [..., d]: new column j follows old column ``order[j]``; the identity where not sorted. A factor that is
+    zero, non-finite or refused by the solver keeps its basis.
+    """
+    if method == "qr":
+        step = track_basis(factor, basis, sort=sort)
+        broken = step.failed & (factor != 0).flatten(-2).any(-1)  # nothing is wrong with a factor that is zero
+        return {"basis": step.basis, "order": step.order, "fallbacks": (broken * FAILED).to(torch.int8)}
+    found = eigenbasis(factor)
+    new, order = found.basis, matching(basis, found.basis)
+    if not sort:
+        new, order = reorder(new, order), torch.arange(new.shape[-1], device=new.device).expand_as(order)
+    failed = found.failed[..., None]
+    order = torch.where(failed, torch.arange(new.shape[-1], device=new.device), order)
+    return {"basis": torch.where(failed[..., None], basis, new), "order": order, "fallbacks": found.fallbacks}
+
+
+def reorder(basis: Tensor, order: Tensor) -> Tensor:
+    """The columns of a basis at the places of the old columns that they follow."""
+    return basis.gather(-1, order.argsort(-1).unsqueeze(-2).expand_as(basis))
+
+
+def repair(x: Batch, s: State, factor: str, slots: Sequence[str] = ()) -> None:
+    """Restart a factor that a huge gradient has made infinite, and bound what the inner part made of it; counted.
+
+    The basis stays the last good one; the factor gathers from zero.
+    """
+    bad = ~s[factor].isfinite().flatten(1).all(1)
+    if not bool(bad.any()):
+        return
+    s[factor][bad] = 0
+    for name in slots:
+        s[name].apply_(lambda row: row.nan_to_num_(nan=0.0))
+    x.tick("repairs", bad.long().tolist())

@@ -1,0 +1,150 @@
+"""Observing: what the capture layer sees, handed to the parts that ask for it, and kept until the next step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from guided_descent.capture import Capture, LayerIO
+from guided_descent.capture.tap import Fisher
+from guided_descent.routing.roles import Block
+
+if TYPE_CHECKING:
+    from guided_descent.engine.engine import Engine
+
+
+class Observer:
+    """Feeds the parts that read layers, in the passes that lead to a step for which one of them asks.
+
+    Args:
+        engine: The engine.
+        model: The model, for the hooks.
+        layers: The layers to watch, by name.
+        blocks: The blocks that each layer's weight (and bias) makes, by the layer's name.
+        fisher: Which gradients they see: ``mc``, ``exact``, ``empirical`` or ``forward``.
+        loss: The loss, from which labels are sampled.
+        scaler: The ``GradScaler`` that scales the loss.
+        process_group: Ranks over which the sums are added.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        blocks: Mapping[str, Sequence[Block]],
+        *,
+        fisher: Fisher,
+        loss: Any,
+        scaler: Any = None,
+        process_group: Any = None,
+    ) -> None:
+        self.engine = engine
+        self.blocks = blocks
+        self.process_group = process_group
+        self.armed = False
+        self.seen: dict[str, dict[str, Tensor]] = {}
+        self.capture = Capture(
+            model,
+            layers,
+            self._observe,
+            fisher=fisher,
+            loss=loss,
+            seed=engine.groups[0]["seed"],
+            rank=0 if process_group is None else torch.distributed.get_rank(process_group),
+            scaler=scaler,
+        )
+        self.arm()
+
+    def arm(self) -> None:
+        """Forget what was seen, and watch the layers if a part wants to see the passes before the next step."""
+        self.seen.clear()
+        number = self.engine.groups[0]["steps"] + 1
+        self.armed = any(
+            part.needs.layer_io and part.observes(self.engine.groups[bucket.group], number)
+            for bucket in self.engine.bind_current().buckets
+            for part in bucket.parts
+        )
+        if self.armed:
+            self.capture.arm(number)
+        else:
+            self.capture.disarm()
+
+    def seen_by(self, blocks: Sequence[Block]) -> Mapping[str, Tensor] | None:
+        """What these blocks have seen, stacked; zeros for those that saw nothing; ``None`` where none did."""
+        rows = [self.seen.get(block.key, {}) for block in blocks]
+        shapes = {name: value for row in rows for name, value in row.items()}
+        if not shapes:
+            return None
+        return {
+            name: torch.stack([row.get(name, torch.zeros_like(like)) for row in rows]) for name, like in shapes.items()
+        }
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Note the number of passes, and add the sums over the ranks."""
+        if not self.armed:
+            return
+        if self.process_group is not None:
+            self._add_ranks()
+        for sums in self.seen.values():
+            like = next(iter(sums.values()))
+            sums["count"] = torch.tensor(float(self.capture.passes), device=like.device, dtype=torch.float64)
+
+    @torch.no_grad()
+    def _observe(self, layer: str, io: LayerIO) -> None:
+        places = self.engine.bind_current().places
+        number = self.engine.groups[0]["steps"] + 1
+        for block in self.blocks.get(layer, ()):
+            if block.key not in places:  # frozen
+                continue
+            bucket, i = places[block.key]
+            h = self.engine.groups[bucket.group]
+            state = {name: stack[i] for name, stack in bucket.stacks.items()}
+            for part in bucket.parts:
+                if part.needs.layer_io and part.observes(h, number):
+                    part.observe(self.seen.setdefault(block.key, {}), _part_of(io, block), state, block, h)
+
+    def _add_ranks(self) -> None:
+        """Sums over ranks, as one message for each dtype; a rank that has not seen a block adds zeros."""
+        dist = torch.distributed
+        mine = {
+            key: {name: (tuple(value.shape), value.dtype) for name, value in sums.items()}
+            for key, sums in self.seen.items()
+        }
+        all_ranks: list[Any] = [None] * dist.get_world_size(self.process_group)
+        dist.all_gather_object(all_ranks, mine, group=self.process_group)
+        device = next(iter(self.engine.groups[0]["params"])).device
+        union: dict[str, dict[str, Any]] = {}
+        for theirs in all_ranks:
+            for key, shapes in theirs.items():
+                union.setdefault(key, {}).update(shapes)
+        for key in union:
+            for name, (shape, dtype) in union[key].items():
+                sums = self.seen.setdefault(key, {})
+                if name not in sums:
+                    sums[name] = torch.zeros(shape, dtype=dtype, device=device)
+        places = [(key, name) for key in sorted(union) for name in sorted(union[key])]
+        for dtype in sorted({self.seen[key][name].dtype for key, name in places}, key=str):
+            chosen = [self.seen[key][name] for key, name in places if self.seen[key][name].dtype == dtype]
+            flat = torch.cat([value.reshape(-1) for value in chosen])
+            dist.all_reduce(flat, group=self.process_group)
+            for value, part in zip(chosen, torch.split(flat, [value.numel() for value in chosen])):
+                value.copy_(part.view_as(value))
+
+
+def _part_of(io: LayerIO, block: Block) -> LayerIO:
+    """What one block of a layer's weight sees: its rows of the output, its columns of the input, its bias or none."""
+    index = block.pieces[0].index
+    changes: dict[str, Any] = {"bias": io.bias and len(block.pieces) == 2}
+    if index and io.kind == "linear":
+        if io.d is not None:
+            changes["d"] = io.d[..., index[0]]
+        if len(index) > 1:
+            changes["a"] = io.a[..., index[1]]
+            changes["inputs"] = changes["a"].shape[-1]
+    return dataclasses.replace(io, **changes)
