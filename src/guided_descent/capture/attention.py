@@ -146,7 +146,7 @@ class _Watch(TorchFunctionMode):
         whole = F.multi_head_attention_forward
         names = {"scaled_dot_product_attention": attention, "has_torch_function": lambda tensors: False}
         twin = types.FunctionType(whole.__code__, whole.__globals__ | names, whole.__name__, whole.__defaults__)
-        given = _SIGNATURE.bind(*args, **kwargs).arguments | {"need_weights": False, "is_causal": False}
+        given = _SIGNATURE.bind(*args, **kwargs).arguments | {"need_weights": False}
         try:
             twin(**given)
         except _Seen:

@@ -1,7 +1,8 @@
 """Newton-Schulz coefficient tables: one (a, b, c) per step, each acting on a singular value as ax + bx³ + cx⁵.
 
-Left out on purpose: the 4-step tables made for AOL scaling. Without that scaling one of them maps singular values above
-0.884 to negative ones, so a rank-1 matrix would come back as -U Vᵀ.
+``COEFFICIENTS`` holds the tables for X / ‖X‖_F. ``TURBO`` is apart, as it is only for input that AOL has rescaled. The
+other published table for that scaling is left out on purpose: it maps singular values above 0.884 to negative ones, so
+a rank-1 matrix would come back as -U Vᵀ.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ class Coefficients:
         source: Who computed them.
         safety: The input is divided by ``safety * norm``, so that rounding never leaves the domain [0, 1].
         tail: What a longer run repeats: ``"last"`` triple or the whole ``"cycle"``.
+        rescaled: Whether the rows of the input must be scaled by AOL first.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Coefficients:
     source: str
     safety: float = 1.0
     tail: str = "last"
+    rescaled: bool = False
 
     def take(self, steps: int | None = None) -> tuple[Triple, ...]:
         """The triples of a run of ``steps`` steps (default: as many as the table holds).
@@ -132,6 +135,18 @@ COEFFICIENTS: dict[str, Coefficients] = {
     )
 }
 
+TURBO = Coefficients(
+    "turbo",
+    (
+        (4.6051, -9.6552, 5.6769),
+        (4.7505, -6.0861, 2.1790),
+        (2.7763, -2.3190, 0.5523),
+        (2.4231, -2.2861, 0.8193),
+    ),
+    "Boissin et al. 2025, arXiv:2512.04632, Turbo-Muon; the coefficients of Dion's kernels",
+    rescaled=True,
+)
+
 
 def table(name: str) -> Coefficients:
     """The table of this name.
@@ -143,8 +158,9 @@ def table(name: str) -> Coefficients:
         >>> table("jordan").triples[0]
         (3.4445, -4.775, 2.0315)
     """
+    tables = COEFFICIENTS | {TURBO.name: TURBO}
     try:
-        return COEFFICIENTS[name]
+        return tables[name]
     except KeyError:
-        valid = ", ".join(sorted(COEFFICIENTS))
+        valid = ", ".join(sorted(tables))
         raise ValueError(f"coefficients={name!r} is unknown; choose one of: adaptive, exact, fast, {valid}") from None

@@ -44,6 +44,35 @@ def textbook(x: Tensor, triples: Sequence[Triple]) -> Tensor:
     return x.mT if tall else x
 
 
+def row_factors(gram: Tensor) -> Tensor:
+    """The AOL factors d_i = (Σ_j |G_ij|)^(-1/2) of G = X Xᵀ, with which ‖diag(d) X‖₂ ≤ 1; 0 for a row of zeros.
+
+    Args:
+        gram: [..., r, r].
+
+    Returns:
+        [..., r], in float32 at least.
+
+    Source:
+        Prach and Lampert 2022, arXiv:2208.03160; Boissin et al. 2025, arXiv:2512.04632.
+
+    Example:
+        >>> row_factors(torch.tensor([[2.0, -2.0, 0.0], [-2.0, 2.0, 0.0], [0.0, 0.0, 0.0]])).tolist()
+        [0.5, 0.5, 0.0]
+    """
+    wide = torch.promote_types(gram.dtype, torch.float32)
+    sums: Tensor = torch.linalg.vector_norm(gram, ord=1, dim=-1, dtype=wide)
+    return torch.where(sums > 0, sums.rsqrt(), 0.0)
+
+
+def rescale(x: Tensor) -> Tensor:
+    """X with the rows of its shorter side scaled by AOL, as a new tensor [..., m, n]."""
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = (x * row_factors(x @ x.mT).unsqueeze(-1)).to(x.dtype)
+    return x.mT if tall else x
+
+
 def segments(triples: Sequence[Triple], dtype: torch.dtype, top: float = 1.0) -> list[Sequence[Triple]]:
     """The schedule cut where the Gram form has to start anew from X to stay accurate in ``dtype``.
 
@@ -108,6 +137,7 @@ class Iteration:
         self._g, self._z, self._q, self._t = (take(tag, small) for tag in "gzqt")
         self._other = take("x", x.shape)
         self._known = False  # _g and _z hold G and G² of this x
+        self._scaled = False  # _g holds G of this x, as rescale left it
 
     def run(self, triples: Sequence[Triple], method: str = "auto", out: Tensor | None = None) -> Tensor:
         """The result of the cheaper form, or of the one named, in ``out`` or in a buffer."""
@@ -124,6 +154,17 @@ class Iteration:
         _symmetric(self._z, self._g, self._g)
         self._known = True
         return self._z
+
+    def rescale(self) -> None:
+        """AOL: X ← DX from the short side, with D = diag(``row_factors``), so that ‖X‖₂ ≤ 1.
+
+        G ← DGD goes along, and the first step uses it: the rescaling costs no product.
+        """
+        self._gram()
+        d = row_factors(self._g)
+        self.x.mul_(d.unsqueeze(-2 if self.tall else -1))
+        self._g.mul_(torch.mul(d.unsqueeze(-1), d.unsqueeze(-2), out=self._z))  # at once, so that G stays symmetric
+        self._scaled = True
 
     def symmetric(self, triples: Sequence[Triple], out: Tensor | None = None) -> Tensor:
         """X ← h(G) X with h(G) = aI + bG + cG², once per triple. The result is ``out``, or a buffer."""
@@ -159,7 +200,8 @@ class Iteration:
         return self.x
 
     def _gram(self) -> None:
-        if not self._known:
+        scaled, self._scaled = self._scaled, False
+        if not (self._known or scaled):
             left, right = (self.x.mT, self.x) if self.tall else (self.x, self.x.mT)
             _symmetric(self._g, left, right, alpha=self._scale * self._scale)
 

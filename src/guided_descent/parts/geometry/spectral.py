@@ -1,4 +1,4 @@
-"""Spectral geometry: the direction of unit spectral norm, the polar factor of the momentum."""
+"""Spectral geometry: the direction of unit spectral norm, the polar factor of the momentum, and what varies it."""
 
 from __future__ import annotations
 
@@ -69,3 +69,131 @@ class Polar(Part):
     def scratch(self, block: Block) -> int:
         """None: one matrix at a time is orthogonalised, and the bound may be exceeded by one matrix."""
         return 0
+
+
+@dataclass(frozen=True)
+class DualPolar(Polar):
+    """Steepest descent in the spectral norm: ``u <- ||u||_* U V^T`` of ``u = U S V^T``.
+
+    The nuclear norm ``||u||_* = sum(S)`` is measured as ``<u, U V^T>``, with the polar factor as it was computed, so
+    that the direction's length is what it gains. Source: Carlson et al. 2015.
+    """
+
+    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """Replace each matrix of the direction by its polar factor times its nuclear norm."""
+        direction = x.take()
+        kept = x.spare("dual").copy_(direction).whole
+        super().update(x, s, h, total)
+        u = direction.whole
+        u.mul_(kept.mul_(u).sum((-2, -1), keepdim=True))
+
+    def flops(self, block: Block) -> float:
+        """Those of the polar factor, and 3 per element."""
+        return super().flops(block) + 3.0 * block.numel
+
+    def scratch(self, block: Block) -> int:
+        """A copy of the direction."""
+        return 4 * block.numel
+
+
+@dataclass(frozen=True)
+class Sign(Part):
+    """The signs of the direction's elements: ``u <- sign(u)``, with 0 for 0 and NaN for NaN, which torch makes 0."""
+
+    slot: ClassVar[str] = "geometry"
+
+    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """Take the signs."""
+        x.take().apply_(_sign)
+
+    def flops(self, block: Block) -> float:
+        """Two per element."""
+        return 2.0 * block.numel
+
+
+def _sign(row: Tensor) -> None:
+    tiny = torch.finfo(row.dtype).tiny  # a power of two
+    row.clamp_(-tiny, tiny).mul_(1 / tiny)
+
+
+@dataclass(frozen=True)
+class NeuronRms(Part):
+    """Equalise the rows of the direction, whose squares are averaged over time, and keep its norm.
+
+    ``v <- beta v + (1 - beta) mean_j(u_ij^2)``; ``u_i <- u_i / (sqrt(v_i) + eps)``; then each matrix gets back the
+    Frobenius norm that it had. With ``longer`` a wide matrix averages its columns instead. Corrections of the average's
+    bias would cancel. State: ``neuron_avg_sq``, ``[m, 1]`` (or ``[1, n]``). Source: Li et al. 2025, 2510.05491.
+    """
+
+    slot: ClassVar[str] = "geometry"
+    unit: ClassVar[Unit] = "matrix"
+    beta: str = "beta2"
+    eps: str = "moment_eps"
+    longer: bool = False
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Group keys it reads."""
+        return (self.beta, self.eps)
+
+    def _over(self, shape: tuple[int, ...]) -> int:
+        """The axis over which squares are averaged."""
+        return -2 if self.longer and shape[-2] < shape[-1] else -1
+
+    def slots(self, block: Block) -> dict[str, Slot]:
+        """The average of each row, or each column."""
+        shape = list(block.shape)
+        shape[self._over(block.shape)] = 1
+        return {"neuron_avg_sq": Slot("factor", tuple(shape))}
+
+    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """Advance the averages and divide; the norm before and after follows from the rows' own."""
+        u, average, beta = x.take().whole, s["neuron_avg_sq"], h[self.beta]
+        axis = self._over(x.shape)
+        squares = torch.linalg.vector_norm(u, dim=axis, keepdim=True).square_().div_(u.shape[axis])
+        average.mul_(beta).add_(squares * (1 - beta))
+        divisor = average.sqrt().add_(h[self.eps])
+        after = (squares / divisor.square()).sum((-2, -1), keepdim=True)
+        restore = torch.where(after > 0, (squares.sum((-2, -1), keepdim=True) / after).sqrt_(), 0.0)
+        u.mul_(restore / divisor)
+
+    def flops(self, block: Block) -> float:
+        """About 3 per element."""
+        return 3.0 * block.numel
+
+
+@dataclass(frozen=True)
+class ElementRms(Part):
+    """Divide each element by the root of its averaged square.
+
+    ``v <- beta v + (1 - beta) u^2``, then ``u <- u / (sqrt(v) + eps)``. For directions whose length is set afterwards:
+    the average's bias is not corrected. State: ``exp_avg_sq``, shaped like the parameter. Source: Si, Zhang and Shen
+    2025, 2507.11005.
+    """
+
+    slot: ClassVar[str] = "geometry"
+    beta: str = "momentum"
+    eps: str = "moment_eps"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Group keys it reads."""
+        return (self.beta, self.eps)
+
+    def slots(self, block: Block) -> dict[str, Slot]:
+        """The averaged square."""
+        return {"exp_avg_sq": Slot(basis="square")}
+
+    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """Advance the average and divide."""
+        beta, average, u = h[self.beta], s["exp_avg_sq"], x.take()
+        average.mul_(beta).addcmul_(u, u, 1 - beta)
+        u.div_(x.spare("divisor").copy_(average).sqrt_().add_(h[self.eps]))
+
+    def flops(self, block: Block) -> float:
+        """About 6 per element."""
+        return 6.0 * block.numel
+
+    def scratch(self, block: Block) -> int:
+        """The divisor."""
+        return 4 * block.numel
