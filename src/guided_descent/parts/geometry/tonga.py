@@ -1,0 +1,106 @@
+"""Low-rank natural gradient: the covariance of recent gradients, kept as a few columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, Unit
+from guided_descent.routing.roles import Block
+
+#: What one covariance covers: a whole layer, or each row of its matrix (a neuron and its inputs).
+SPANS = ("layer", "neuron")
+
+
+@dataclass(frozen=True)
+class LowRankNatural(Part):
+    """``u <- (C + lam I)^-1 u`` with ``C = gamma C + u u^T``, kept as ``X X^T`` with few columns; ``u`` is the newest.
+
+    ``X <- [sqrt(gamma) X, u]``, and since u is the last column, ``(lam I + X X^T)^-1 u = X (X^T X + lam I)^-1 e``: a
+    system of ``rank + every`` unknowns. Every ``every`` updates the Gram matrix ``X^T X = V D V^T`` is decomposed and
+    the ``rank`` leading directions ``X V`` replace the columns. The covariance is block-diagonal: one block a layer, or
+    one for each row of the matrix (``span`` ``neuron``). It is not normalised by ``1 - gamma``. The small system is
+    solved in float64, scaled by the longest column, with the rounding error of the Gram matrix added to lam.
+
+    State: ``columns`` [rank + every, numel], or [m, rank + every, n]. Counted: ``truncations``. Source: Le Roux,
+    Manzagol and Bengio 2007.
+    """
+
+    slot: ClassVar[str] = "geometry"
+    unit: ClassVar[Unit] = "matrix"
+    damping: str = "damping"
+    gamma: str = "gamma"
+    span: str = "neuron"
+    rank: int = 5
+    every: int = 10
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Group keys it reads."""
+        return (self.damping, self.gamma)
+
+    def slots(self, block: Block) -> dict[str, Slot]:
+        """The columns of each covariance, as rows."""
+        groups, length = self.split(block)
+        return {"columns": Slot("factor", (groups, self.rank + self.every, length))}
+
+    def split(self, block: Block) -> tuple[int, int]:
+        """The number of covariances and their side."""
+        return (block.numel // block.shape[-1], block.shape[-1]) if self.span == "neuron" else (1, block.numel)
+
+    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """Put the direction in as the newest column and solve."""
+        columns = s["columns"]
+        groups, _, length = columns.shape[1:]
+        u = x.take().whole
+        turn = (x.step - 1) % self.every
+        newest = torch.arange(-self.rank, self.every, device=u.device) == turn
+        columns.mul_(h[self.gamma] ** 0.5)
+        columns.copy_(torch.where(newest[:, None], u.reshape(len(u), groups, 1, length), columns))
+        gram, scale = self.gram(columns)
+        system = gram.clone()
+        lam = h[self.damping] / scale.square()
+        noise = torch.finfo(columns.dtype).eps * system.shape[-1]
+        system.diagonal(dim1=-2, dim2=-1).add_((lam + noise)[..., None])
+        unit = newest.to(system.dtype)[:, None].expand(*system.shape[:-1], 1)
+        factor, _ = torch.linalg.cholesky_ex(system)
+        weights = torch.cholesky_solve(unit, factor).squeeze(-1) / scale[..., None]
+        scaled = columns / scale[..., None, None].to(columns.dtype)
+        u.copy_((weights.to(columns.dtype).unsqueeze(-2) @ scaled).view(u.shape))
+        if bool(turn == self.every - 1):
+            self.truncate(columns, gram, scale)
+            x.tick("truncations")
+
+    @staticmethod
+    def gram(columns: Tensor) -> tuple[Tensor, Tensor]:
+        """``X^T X`` over the square of the longest column's length, in float64, and that length [B, groups]."""
+        peak = columns.abs().amax((-2, -1)).clamp(min=torch.finfo(columns.dtype).tiny)
+        scaled = columns / peak[..., None, None]
+        length = torch.linalg.vector_norm(scaled, dim=-1).amax(-1).clamp(min=1.0)
+        scaled = scaled / length[..., None, None]
+        return (scaled @ scaled.mT).double(), peak.double() * length.double()
+
+    def truncate(self, columns: Tensor, gram: Tensor, scale: Tensor) -> None:
+        """Keep the leading directions; a Gram matrix that cannot be decomposed loses its oldest columns instead."""
+        try:
+            vectors = torch.linalg.eigh(gram).eigenvectors[..., -self.rank :]
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            kept = columns[..., -self.rank :, :].clone()
+        else:
+            kept = vectors.mT.to(columns.dtype) @ columns
+        columns[..., : self.rank, :] = kept
+        columns[..., self.rank :, :] = 0
+
+    def flops(self, block: Block) -> float:
+        """The Gram matrix, the solution and the combination of the columns."""
+        groups, length = self.split(block)
+        c = self.rank + self.every
+        return groups * (2.0 * c * c * length + c**3 / 3 + 2.0 * c * length)
+
+    def scratch(self, block: Block) -> int:
+        """A copy of the columns."""
+        return 4 * block.numel * (self.rank + self.every)
