@@ -1,6 +1,6 @@
 """guided-descent: train neural networks with the best optimization known."""
 
-from guided_descent import averaging, parts, recipes, routing, schedules
+from guided_descent import averaging, capture, parts, recipes, routing, schedules, solvers
 from guided_descent.averaging import evaluating
 from guided_descent.build import RoutedOptimizer, build, class_of, optimizer
 from guided_descent.catalogue import describe, list_optimizers
@@ -11,23 +11,62 @@ from guided_descent.routing import rule
 
 __version__ = "0.1.0"
 
-SGD = class_of(recipes.SGD)
 AdamW = class_of(recipes.AdamW)
 NAdamW = class_of(recipes.NAdamW)
+EKFAC = class_of(recipes.EKFAC)
+FOOF = class_of(recipes.FOOF)
+KFAC = class_of(recipes.KFAC)
 Muon = class_of(recipes.Muon)
+PSGDDiagonal = class_of(recipes.PSGDDiagonal)
+PSGDKron = class_of(recipes.PSGDKron)
+PSGDLowRank = class_of(recipes.PSGDLowRank)
+SGD = class_of(recipes.SGD)
+ASGO = class_of(recipes.ASGO)
+KLSOAP = class_of(recipes.KLSOAP)
+ECShampoo = class_of(recipes.ECShampoo)
+KLShampoo = class_of(recipes.KLShampoo)
+Shampoo = class_of(recipes.Shampoo)
+SINGD = class_of(recipes.SINGD)
 SOAP = class_of(recipes.SOAP)
+AdaMuon = class_of(recipes.AdaMuon)
+Moonlight = class_of(recipes.Moonlight)
+MuonClip = class_of(recipes.MuonClip)
+NorMuon = class_of(recipes.NorMuon)
+SpectralDescent = class_of(recipes.SpectralDescent)
+SPlus = class_of(recipes.SPlus)
+TONGA = class_of(recipes.TONGA)
 
 __all__ = [
+    "ASGO",
+    "EKFAC",
+    "FOOF",
+    "KFAC",
+    "KLSOAP",
     "SGD",
+    "SINGD",
     "SOAP",
+    "TONGA",
+    "AdaMuon",
     "AdamW",
+    "ECShampoo",
+    "KLShampoo",
+    "Moonlight",
     "Muon",
+    "MuonClip",
     "NAdamW",
     "NonFiniteError",
+    "NorMuon",
     "Optimizer",
+    "PSGDDiagonal",
+    "PSGDKron",
+    "PSGDLowRank",
     "RoutedOptimizer",
+    "SPlus",
+    "Shampoo",
+    "SpectralDescent",
     "averaging",
     "build",
+    "capture",
     "describe",
     "evaluating",
     "explain",
@@ -38,4 +77,5 @@ __all__ = [
     "routing",
     "rule",
     "schedules",
+    "solvers",
 ]

@@ -87,7 +87,7 @@ class RoutedOptimizer(Optimizer):
         self._blocks_read = assembly.read
         if assembly.read and isinstance(params, nn.Module):
             self.watch(params, loss=loss, scaler=scaler)
-        elif loss is not None or scaler is not None:
+        elif (loss is not None or scaler is not None) and not recipe.reads_layers:
             raise ValueError(f"loss= and scaler= are for recipes that read layers, and {recipe.label} does not")
         if compile:
             self.compile()
@@ -327,7 +327,7 @@ def assemble(
             group = groups[found[own_key]]
             group["params"].append(named[name])
             group["param_names"].append(name)
-            made = joints.get(name, entry.blocks)
+            made = tuple(part for block in joints.get(name, entry.blocks) for part in owner.cut(block))
             blocks[name] = _scaled(entry, made, recipes[found[own_key]], known)
             if owner.reads_layers and name in layers:
                 read[name] = blocks[name]

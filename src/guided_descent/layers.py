@@ -48,12 +48,13 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
     for weight_name, members in owners.items():
         modules = tuple(module for _, module in members)
         bias = modules[0]._parameters.get("bias")
-        joins = len(modules) == 1 and bias is not None and bias.requires_grad
+        weight = modules[0]._parameters["weight"]
+        together = weight is not None and bias is not None and bias.requires_grad == weight.requires_grad
         found[weight_name] = Layer(
             tuple(name for name, _ in members),
             modules,
             next(filter(None, map(_unreadable, modules)), ""),
-            names[id(bias)] if joins else None,
+            names[id(bias)] if together and len(modules) == 1 else None,
         )
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import pytest
@@ -63,7 +63,7 @@ class Watcher(Recipe):
     weight_decay: float = hyper(0.0, ge=0)
     every: int = hyper(1, ge=1)
     fisher: str = static("empirical")
-    aux: Recipe = AdamW(lr=0.0)
+    aux: Recipe = field(default_factory=lambda: AdamW(lr=0.0))
 
     def route(self, block: Block) -> Recipe:
         return self if block.is_matrix or block.role == "head" else self.aux

@@ -7,7 +7,7 @@ parameters unfrozen late all keep what they have.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -195,7 +195,7 @@ class Binder:
                     buckets[key] = Bucket(p.group, parts, p.tensor.dtype, p.tensor.device, slots, loop)
                 bucket = buckets[key]
                 bucket.blocks.append(block)
-                bucket.owners.append([named[name] for name in block.names])
+                bucket.owners.append([self._owner(named, block, name) for name in block.names])
                 places[block.key] = (bucket, len(bucket.blocks) - 1)
         for bucket in buckets.values():
             self._allocate(bucket)
@@ -207,6 +207,15 @@ class Binder:
             bucket.offer(self._kernel(bucket))
             bucket.slices = bucket.cut(range(len(bucket.blocks)))
         return list(buckets.values())
+
+    @staticmethod
+    def _owner(named: Mapping[str, Parameter], block: Block, name: str) -> Parameter:
+        if name not in named:
+            raise ValueError(
+                f"{' and '.join(map(repr, block.names))} are one block and {name!r} takes no gradient: train or freeze "
+                "them together, or build a new optimizer after freezing"
+            )
+        return named[name]
 
     def _allocate(self, bucket: Bucket) -> None:
         group = self.groups[bucket.group]

@@ -189,13 +189,13 @@ class Slice:
         self._cache[tag] = (flat.data_ptr(), rows)
         return rows
 
-    def fresh(self, work: Workspace) -> Rows:
+    def fresh(self, work: Workspace, tag: str = "direction") -> Rows:
         """Scratch of the direction's shape that nobody remembers, for graphs."""
         if not self.bucket.stacked:
             shapes = [(row.shape or (1,), row.device) for row in self.p.list]
             return Rows([torch.empty(shape, dtype=self.work, device=device) for shape, device in shapes], loop=True)
         shape = (len(self.blocks), *self.blocks[0].shape)
-        flat = work.take("direction", shape, self.work, self.bucket.device)
+        flat = work.take(tag, shape, self.work, self.bucket.device)
         return Rows([self._within(flat[row], piece, row) for _, piece, row in self.pieces], flat, loop=True)
 
     def _within(self, matrix: Tensor, piece: Piece, row: int) -> Tensor:
@@ -203,7 +203,7 @@ class Slice:
         if len(block.pieces) == 1:
             return piece.within(matrix)
         widths = [math.prod(p.shape[1:]) for p in block.pieces]
-        k = block.pieces.index(piece)
+        k = next(i for i, own in enumerate(block.pieces) if own is piece)
         columns = matrix.narrow(-1, sum(widths[:k]), widths[k])
         return torch.unflatten(columns, -1, piece.shape[1:]) if len(piece.shape) > 1 else columns.squeeze(-1)
 

@@ -57,7 +57,8 @@ class Compiled:
         numbers = {key: self._tensor(key, h[key], device) for key in self._keys(parts) if key in h}
         numbers["step"] = self._number("step", 0, step, device)
         state = {name: _rows(value) if isinstance(value, Rows) else value for name, value in piece.state.items()}
-        return self._graphs[piece](parts, _rows(g), _rows(w), state, numbers)
+        with torch.compiler.set_stance("default"):  # a model that is being read runs eagerly, the update need not
+            return self._graphs[piece](parts, _rows(g), _rows(w), state, numbers)
 
     def _compile(self, piece: Slice) -> Callable[..., dict[str, Any]]:
         outside = self.work
@@ -76,7 +77,7 @@ class Compiled:
                 g=Rows(g, loop=True),
                 p=lambda: written,
                 blocks=piece.blocks,
-                scratch=lambda tag: piece.fresh(work),
+                scratch=lambda tag: piece.fresh(work, tag),
                 step=h["step"],
                 first=False,
                 work=work,

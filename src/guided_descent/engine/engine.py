@@ -121,8 +121,13 @@ class Engine:
         gradients = self._gradients(plan)
         plan = self.bind_current()
         active = [i for i, g in enumerate(gradients) if g is not None]
+        judging = self._judging(plan, closure)
+        steps = self.groups[0]["steps"]
         try:
-            return self._update(plan, gradients, active, closure, loss)
+            self._update(plan, gradients, active, closure)
+            if judging and closure is not None and loss is not None and self.groups[0]["steps"] > steps:
+                self._judge(judging, closure, float(loss))
+            return loss
         finally:
             self.notes.clear()
             if self.observer is not None:
@@ -134,10 +139,9 @@ class Engine:
         gradients: list[Tensor | None],
         active: list[int],
         closure: Callable[[], Any] | None,
-        loss: Any,
-    ) -> Any:
+    ) -> None:
         if not active or not self._finite(plan, gradients, active):
-            return loss
+            return
         if self.observer is None and any(bucket.parts.layer_io for bucket in plan.buckets):
             raise RuntimeError(
                 "this copy of the optimizer watches no model: call optimizer.watch(model, loss=...) first"
@@ -147,7 +151,7 @@ class Engine:
             gradients = self._probe(plan, gradients, closure, probes)
             active = [i for i, g in enumerate(gradients) if g is not None]
             if not active or not self._finite(plan, gradients, active):
-                return loss
+                return
         if self.observer is not None:
             self.observer.reduce()
         work = self._schedule(plan, gradients, active)
@@ -155,7 +159,33 @@ class Engine:
         self.refresher.run(work)
         self._constrain(plan, gradients)
         self._count(plan, active)
-        return loss
+
+    def _judging(self, plan: Plan, closure: Callable[[], Any] | None) -> list[tuple[int, Part]]:
+        """The parts, with their groups, that want to know what this step does to the loss of its batch."""
+        judging = {(b.group, part): None for b in plan.buckets for part in b.parts.judging}
+        found = [(i, p) for i, p in judging if p.judges(self.groups[i], self.groups[i]["steps"] + 1)]
+        if found and closure is None:
+            names = ", ".join(sorted({type(part).__name__ for _, part in found}))
+            raise ValueError(
+                f"{names} compares the loss of a batch before and after a step: call step(closure) with a closure that "
+                "clears the gradients, computes the loss, calls backward and returns the loss"
+            )
+        return found
+
+    def _judge(self, judging: Sequence[tuple[int, Part]], closure: Callable[[], Any], before: float) -> None:
+        """Evaluate the batch again; the gradients stay those of the step."""
+        tensors = [tensor for group in self.groups for tensor in group["params"]]
+        kept = [tensor.grad for tensor in tensors]
+        for tensor in tensors:
+            tensor.grad = None
+        if self.observer is not None:
+            self.observer.capture.disarm()
+        with torch.enable_grad():
+            after = float(closure())
+        for tensor, grad in zip(tensors, kept):
+            tensor.grad = grad
+        for group, part in judging:
+            part.judge(self.groups[group]["extra"], self.groups[group], before, after)
 
     def _gradients(self, plan: Plan) -> list[Tensor | None]:
         gradients = [p.tensor.grad for p in plan.parameters]

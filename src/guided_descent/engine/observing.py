@@ -91,7 +91,7 @@ class Observer:
             return
         if self.process_group is not None:
             self._add_ranks()
-        for sums in self.seen.values():
+        for sums in filter(None, self.seen.values()):
             like = next(iter(sums.values()))
             sums["count"] = torch.tensor(float(self.capture.passes), device=like.device, dtype=torch.float64)
 

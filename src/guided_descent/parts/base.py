@@ -319,6 +319,15 @@ class Part:
         """
         raise TypeError(f"{type(self).__name__} does not define observe")
 
+    # -- what the step did -------------------------------------------------------------------------------------------
+
+    def judges(self, h: Hyper, step: int) -> bool:
+        """Whether it wants to know what update number ``step`` did to the loss of its batch: one more evaluation."""
+        return False
+
+    def judge(self, shared: State, h: Hyper, before: float, after: float) -> None:
+        """Learn from the loss of a batch before and after the update; ``shared`` is the group's state."""
+
     # -- slow work: task by task, in three acts ------------------------------------------------------------------------
 
     def policy(self, h: Hyper) -> Policy:
@@ -384,6 +393,7 @@ class Parts:
         self._parts = tuple(sorted(parts, key=lambda part: ORDER.index(part.where)))
         units = [part.unit for part in self._parts]
         self.unit: Unit = "matrix" if "matrix" in units else "block" if "block" in units else "element"
+        self.judging = tuple(part for part in self._parts if type(part).judges is not Part.judges)
         self.layer_io = any(part.needs.layer_io for part in self._parts)
         self.evaluations = max((part.needs.evaluations for part in self._parts), default=1)
 

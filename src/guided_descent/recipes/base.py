@@ -183,6 +183,10 @@ class Recipe:
         """The recipe that takes this block: itself, or an auxiliary one."""
         return self
 
+    def cut(self, block: Block) -> tuple[Block, ...]:
+        """The blocks that it updates in the place of this one; see ``routing.blocking.subdivide``."""
+        return (block,)
+
     def parts(self, block: Block) -> Parts:
         """The parts that update this block."""
         raise TypeError(f"{type(self).__name__} does not define parts")
