@@ -1,12 +1,14 @@
 """Time one optimizer step against its peers: alternating, in one process, process CPU seconds on one thread.
 
     python benchmarks/step_time.py                      # every set and method, writes results/step_time.json
-    python benchmarks/step_time.py --sets small --methods adamw --rounds 50
+    python benchmarks/step_time.py --sets small-1000 --methods adamw --rounds 50
 
-Sets: the parameters of a GPT of 6 layers and width 512, of one of 4 layers and width 768 (matrices alone for Muon; a
-smaller one for SOAP), and 1,000 small tensors. Each round times every contestant once, in turn; a contestant is a
-block of steps that covers whole refresh periods. The ratio is the median over rounds of ours / peer within the same
-round.
+Sets: the parameters of a GPT of 6 layers and width 512, of one of 4 layers and width 768 (matrices alone for matrix
+methods; a smaller one where factors are kept), of the autoencoder 784-1000-500-250-30, and 1,000 small tensors. Each
+round times every contestant once, in turn; a contestant is a block of steps that covers whole refresh periods. The
+ratio is the median over rounds of ours / peer within the same round. The tail is the 99th percentile of single steps
+over their mean. For our matrix methods the rates say how near the matrix products and factorisations of a step come to
+the bare calls; see ``rates.py``.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -28,98 +29,10 @@ import torch
 from torch import nn
 
 import guided_descent as gd
+from contestants import SETS, Contestant, Method, methods
+from rates import measure
 
 RESULTS = Path(__file__).parent / "results" / "step_time.json"
-
-
-def gpt_shapes(layers: int, d: int, matrices: bool) -> list[tuple[int, ...]]:
-    """Parameter shapes of a GPT: q, k, v, o and the MLP of each layer; with embedding, norms and biases unless told."""
-    hidden: list[tuple[int, ...]] = [(d, d)] * 4 + [(4 * d, d), (d, 4 * d)]
-    if matrices:
-        return hidden * layers
-    vectors: list[tuple[int, ...]] = [(d,)] * 4 + [(d,)] * 5 + [(4 * d,)]
-    return [(256, d), (1024, d), *((hidden + vectors) * layers), (d,), (d,)]
-
-
-SETS: dict[str, Callable[[bool], list[tuple[int, ...]]]] = {
-    "gpt-6x512": lambda matrices: gpt_shapes(6, 512, matrices),
-    "gpt-4x768": lambda matrices: gpt_shapes(4, 768, matrices),
-    "gpt-2x256": lambda matrices: gpt_shapes(2, 256, matrices),
-    "small-1000": lambda matrices: [(64, 16)] * 400 + [(32,)] * 400 + [(16, 16)] * 200,
-}
-
-
-@dataclass
-class Contestant:
-    """An optimizer on its own copy of the parameters."""
-
-    name: str
-    make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-    ours: bool = False
-
-
-@dataclass
-class Method:
-    """A method with its contestants, the first one being the reference that ratios are printed against."""
-
-    contestants: list[Contestant]
-    matrices: bool = False
-    block: int = 1
-    sets: tuple[str, ...] = ("gpt-6x512", "gpt-4x768", "small-1000")
-
-
-def methods() -> dict[str, Method]:
-    """Our recipes, each beside torch's optimizer and, where installed, other libraries'."""
-    t = torch.optim
-    found = {
-        "sgd": Method(
-            [
-                Contestant("torch fused", lambda p: t.SGD(p, lr=1e-3, momentum=0.9, fused=True)),
-                Contestant("torch foreach", lambda p: t.SGD(p, lr=1e-3, momentum=0.9, foreach=True)),
-                Contestant("ours skip", lambda p: gd.SGD(p, lr=1e-3, momentum=0.9), True),
-                Contestant("ours ignore", lambda p: gd.SGD(p, lr=1e-3, momentum=0.9, nonfinite="ignore"), True),
-            ]
-        ),
-        "adamw": Method(
-            [
-                Contestant("torch fused", lambda p: t.AdamW(p, lr=1e-4, fused=True)),
-                Contestant("torch foreach", lambda p: t.AdamW(p, lr=1e-4, foreach=True)),
-                Contestant("ours skip", lambda p: gd.AdamW(p, lr=1e-4), True),
-                Contestant("ours ignore", lambda p: gd.AdamW(p, lr=1e-4, nonfinite="ignore"), True),
-                Contestant("ours parts", lambda p: gd.AdamW(p, lr=1e-4, nonfinite="ignore", fused=False), True),
-            ]
-        ),
-        "nadamw": Method(
-            [
-                Contestant("torch foreach", lambda p: t.NAdam(p, lr=1e-4, decoupled_weight_decay=True, foreach=True)),
-                Contestant("torch single", lambda p: t.NAdam(p, lr=1e-4, decoupled_weight_decay=True, foreach=False)),
-                Contestant("ours skip", lambda p: gd.NAdamW(p, lr=1e-4), True),
-            ]
-        ),
-        "muon": Method(
-            [
-                Contestant("torch", lambda p: t.Muon(p, lr=1e-3)),
-                Contestant("ours", lambda p: gd.Muon(p, lr=1e-3), True),
-            ],
-            matrices=True,
-            sets=("gpt-6x512", "gpt-4x768"),
-        ),
-        "soap": Method([Contestant("ours", lambda p: gd.SOAP(p, lr=1e-3), True)], True, 10, ("gpt-2x256",)),
-    }
-    try:
-        import pytorch_optimizer
-
-        found["soap"].contestants.insert(
-            0, Contestant("pytorch_optimizer", lambda p: pytorch_optimizer.SOAP(p, lr=1e-3, precondition_frequency=10))
-        )
-        found["muon"].contestants.append(
-            Contestant(
-                "pytorch_optimizer", lambda p: pytorch_optimizer.Muon([{"params": p, "use_muon": True}], lr=1e-3)
-            )
-        )
-    except ImportError:
-        pass
-    return found
 
 
 def parameters(shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
@@ -131,12 +44,19 @@ def parameters(shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
     return made
 
 
-def cpu(function: Callable[[], object], times: int) -> float:
-    """Process CPU seconds of one call, over ``times`` calls."""
-    start = time.process_time()
+def cpu(function: Callable[[], object], times: int) -> list[float]:
+    """Process CPU seconds of each of some calls."""
+    found = []
     for _ in range(times):
+        start = time.process_time()
         function()
-    return (time.process_time() - start) / times
+        found.append(time.process_time() - start)
+    return found
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The smallest value that is not below this share of all."""
+    return sorted(values)[min(len(values) - 1, round(share * len(values)))]
 
 
 def orthogonality(method: str) -> dict[str, float]:
@@ -167,13 +87,16 @@ def run(name: str, method: Method, set_name: str, rounds: int) -> dict[str, obje
     first: dict[str, float] = {}
     for contestant in method.contestants:
         optimizer = contestant.make(parameters(shapes))
-        first[contestant.name] = cpu(optimizer.step, 1)
+        first[contestant.name] = cpu(optimizer.step, 1)[0]
         cpu(optimizer.step, max(2, method.block))
         arms.append((contestant, optimizer))
     times: dict[str, list[float]] = {contestant.name: [] for contestant, _ in arms}
+    single: dict[str, list[float]] = {contestant.name: [] for contestant, _ in arms}
     for number in range(rounds):
         for contestant, optimizer in arms if number % 2 else reversed(arms):
-            times[contestant.name].append(cpu(optimizer.step, method.block))
+            found = cpu(optimizer.step, method.block)
+            single[contestant.name] += found
+            times[contestant.name].append(sum(found) / method.block)
     reference = method.contestants[0].name
     rows = []
     for contestant, optimizer in arms:
@@ -187,8 +110,13 @@ def run(name: str, method: Method, set_name: str, rounds: int) -> dict[str, obje
             "first_ms": 1e3 * first[contestant.name],
             "ratio": statistics.median(ratios),
             "ratio_quartiles": [quartiles[0], quartiles[2]],
+            "tail": percentile(single[contestant.name], 0.99) / statistics.mean(single[contestant.name]),
         }
+        if contestant.ours and method.matrices:
+            row |= measure(optimizer.step, method.block).row()
         if isinstance(optimizer, gd.Optimizer):
+            row["refreshes"] = sum(c.get("refreshes", 0) for c in optimizer.audit().values())
+            row["skipped_refreshes"] = sum(c.get("skipped_refreshes", 0) for c in optimizer.audit().values())
             row["state_bytes"] = optimizer.state_bytes()
             row["workspace_mb"] = optimizer.workspace_bytes / 2**20
         rows.append(row)
@@ -206,15 +134,21 @@ def run(name: str, method: Method, set_name: str, rounds: int) -> dict[str, obje
 def show(result: dict[str, object], errors: dict[str, float]) -> None:
     """Print one table."""
     print(f"\n{result['method']} on {result['set']}: {result['tensors']} tensors, {result['elements']:,} elements")
-    print(f"  {'':<20}{'ms':>10}{'ratio':>8}  quartiles       workspace  non-orthogonality")
+    print(f"  {'':<20}{'ms':>9}{'ratio':>7}  quartiles      p99/mean  workspace  products   factorisations")
     rows = result["rows"]
     assert isinstance(rows, list)
     for row in rows:
         low, high = row["ratio_quartiles"]
         scratch = f"{row['workspace_mb']:.1f} MiB" if "workspace_mb" in row else "-"
-        error = f"{errors[row['contestant']]:.3f}" if row["contestant"] in errors else ""
+        products = f"{row['share_of_bare_products']:.0%} of bare" if "share_of_bare_products" in row else ""
+        solvers = f"{row['over_bare_factorisations']:.2f} x bare" if row.get("over_bare_factorisations") else ""
+        error = f"; distance from orthogonal {errors[row['contestant']]:.3f}" if row["contestant"] in errors else ""
         spread = f"{low:.2f} to {high:.2f}"
-        print(f"  {row['contestant']:<20}{row['ms']:>10.2f}{row['ratio']:>8.2f}  {spread}  {scratch:>11}  {error}")
+        print(
+            f"  {row['contestant']:<20}{row['ms']:>9.2f}{row['ratio']:>7.2f}  {spread}  {row['tail']:>8.2f}"
+            f"  {scratch:>10}  {products:>11}  {solvers}{error}",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -233,7 +167,7 @@ def main() -> None:
         errors = orthogonality(name)
         for set_name in options.sets:
             if set_name in known[name].sets:
-                rounds = options.rounds or (7 if known[name].matrices else 41)
+                rounds = options.rounds or (max(7, -(-60 // known[name].block)) if known[name].matrices else 41)
                 result = run(name, known[name], set_name, rounds)
                 if errors:
                     result["non_orthogonality"] = errors

@@ -1,0 +1,174 @@
+"""What curvature costs: a training step with a recipe that reads layers, against forward and backward alone.
+
+    python benchmarks/kfac.py                         # writes results/kfac.json
+
+Two models with their real losses: the autoencoder 784-1000-500-250-30 (batch 256) and a byte GPT of 2 layers and width
+256 (16 x 64 tokens). Process CPU milliseconds on one thread. Every round times, in turn, plain steps (forward, backward
+and nothing else) and whole steps with each recipe, over whole refresh periods. Added: what the whole step costs beyond
+the plain one, as a share of it. Capture: the part of that which is spent in forward and backward. Tail: the 99th
+percentile over the mean of single steps, of the optimizer alone and of the whole step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import guided_descent as gd
+from guided_descent.bench.models import ByteGPT
+
+RESULTS = Path(__file__).parent / "results" / "kfac.json"
+Task = tuple[nn.Module, Callable[[nn.Module], Tensor], str]
+#: Recipes, with what differs from their defaults.
+RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "kfac": ("kfac", {}),
+    "kfac, capture every 10": ("kfac", {"factor_frequency": 10}),
+    "kfac, all at once": ("kfac", {"refresh_schedule": "every"}),
+    "kfac, background": ("kfac", {"refresh_lag": 5}),
+    "ekfac, capture every 10": ("ekfac", {"factor_frequency": 10}),
+    "foof, capture every 10": ("foof", {"factor_frequency": 10}),
+    "singd, capture every 10": ("singd", {"factor_frequency": 10}),
+    "adamw": ("adamw", {}),
+}
+
+
+def autoencoder() -> Task:
+    """The deep autoencoder, on noise: its cost does not depend on the data."""
+    torch.manual_seed(0)
+    widths = [784, 1000, 500, 250, 30, 250, 500, 1000, 784]
+    layers: list[nn.Module] = []
+    for i, (n, m) in enumerate(itertools.pairwise(widths)):
+        layers += [nn.Linear(n, m), nn.Identity() if i == 3 else nn.Sigmoid() if i == 7 else nn.Tanh()]
+    x = torch.rand(256, 784)
+    return nn.Sequential(*layers), lambda model: F.mse_loss(model(x), x, reduction="sum") / len(x), "sum_mse"
+
+
+def gpt() -> Task:
+    """A byte GPT."""
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 256, (16, 65))
+    model = ByteGPT(d=256, layers=2, heads=4, context=64)
+    return (
+        model,
+        lambda model: F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()),
+        "cross_entropy",
+    )
+
+
+TASKS: dict[str, Callable[[], Task]] = {"autoencoder": autoencoder, "gpt-2x256": gpt}
+
+
+class Arm:
+    """One model with one optimizer, or with none."""
+
+    def __init__(self, task: Callable[[], Task], recipe: str = "", options: dict[str, Any] | None = None) -> None:
+        self.model, self.loss, loss = task()
+        self.opt = None
+        if recipe:
+            reads = gd.recipes.lookup(recipe).reads_layers
+            self.opt = gd.optimizer(recipe, self.model, lr=1e-4, **({"loss": loss} if reads else {}), **(options or {}))
+        self.passes: list[float] = []
+        self.steps: list[float] = []
+
+    def run(self, steps: int) -> None:
+        """Train, and keep the CPU seconds of the passes and of the optimizer."""
+        for _ in range(steps):
+            start = time.process_time()
+            self.model.zero_grad()
+            self.loss(self.model).backward()
+            middle = time.process_time()
+            if self.opt is not None:
+                self.opt.step()
+            self.passes.append(middle - start)
+            self.steps.append(time.process_time() - middle)
+
+
+def tail(values: list[float]) -> float:
+    """99th percentile over the mean."""
+    return sorted(values)[min(len(values) - 1, round(0.99 * len(values)))] / statistics.mean(values)
+
+
+def run(name: str, rounds: int, block: int) -> list[dict[str, Any]]:
+    """Time every recipe on one model."""
+    plain = Arm(TASKS[name])
+    arms = {label: Arm(TASKS[name], recipe, options) for label, (recipe, options) in RECIPES.items()}
+    for arm in (plain, *arms.values()):
+        arm.run(block + 1)
+        arm.passes.clear()
+        arm.steps.clear()
+    for _ in range(rounds):
+        for arm in (plain, *arms.values()):
+            arm.run(block)
+    base = statistics.mean(plain.passes)
+    rows = []
+    for label, arm in arms.items():
+        whole = [a + b for a, b in zip(arm.passes, arm.steps, strict=True)]
+        counts = arm.opt.audit().values() if arm.opt is not None else ()
+        rows.append(
+            {
+                "recipe": label,
+                "forward_backward_ms": 1e3 * base,
+                "step_ms": 1e3 * statistics.mean(arm.steps),
+                "capture_ms": 1e3 * (statistics.mean(arm.passes) - base),
+                "added_share": (statistics.mean(whole) - base) / base,
+                "optimizer_tail": tail(arm.steps),
+                "whole_tail": tail(whole),
+                "plain_tail": tail(plain.passes),
+                "refreshes": sum(c.get("refreshes", 0) for c in counts),
+                "state_bytes": arm.opt.state_bytes() if arm.opt is not None else 0,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Run, print and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--block", type=int, default=20)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results = {}
+    for name in options.tasks:
+        results[name] = rows = run(name, options.rounds, options.block)
+        print(f"\n{name}: forward and backward {rows[0]['forward_backward_ms']:.1f} ms")
+        print(f"  {'':<26}{'step ms':>9}{'capture ms':>12}{'added':>8}{'p99/mean: step':>16}{'whole':>7}")
+        for row in rows:
+            print(
+                f"  {row['recipe']:<26}{row['step_ms']:>9.1f}{row['capture_ms']:>12.1f}{row['added_share']:>8.0%}"
+                f"{row['optimizer_tail']:>16.2f}{row['whole_tail']:>7.2f}"
+            )
+    RESULTS.write_text(
+        json.dumps(
+            {
+                "format": 1,
+                "command": "python benchmarks/kfac.py",
+                "unit": "process CPU milliseconds, one thread, mean over whole refresh periods",
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+                "load_average": os.getloadavg(),
+                "torch": torch.__version__,
+                "results": results,
+            },
+            indent=1,
+        )
+        + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
