@@ -7,10 +7,12 @@ import difflib
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, TypeAlias, cast
 
 from torch import Tensor, nn
 
+from guided_descent.capture.attention import AttentionLogits
 from guided_descent.engine.observing import Observer
 from guided_descent.engine.optimizer import ENGINE_KEYS, Optimizer
 from guided_descent.layers import Layer, find_layers, joined, not_read, watched
@@ -85,7 +87,8 @@ class RoutedOptimizer(Optimizer):
         self.table = Table(assembly.entries)
         self._start(assembly.groups, assembly.recipes, assembly.blocks, add, workspace_mb, seed)
         self._blocks_read = assembly.read
-        if assembly.read and isinstance(params, nn.Module):
+        self._logits: AttentionLogits | None = None
+        if isinstance(params, nn.Module) and (assembly.read or self._noted("max_logits")):
             self.watch(params, loss=loss, scaler=scaler)
         elif (loss is not None or scaler is not None) and not recipe.reads_layers:
             raise ValueError(f"loss= and scaler= are for recipes that read layers, and {recipe.label} does not")
@@ -93,9 +96,10 @@ class RoutedOptimizer(Optimizer):
             self.compile()
 
     def watch(self, model: nn.Module, *, loss: Any = None, scaler: Any = None) -> None:
-        """Read the layers of this model from now on; done at the build, and needed again for a copied optimizer.
+        """Read this model from now on; done at the build, and needed again for a copied optimizer.
 
-        Where the model is a ``DistributedDataParallel``, statistics are added over its ranks.
+        Layers are read for recipes that need their inputs and output gradients; attention is, for those that clip its
+        logits. Where the model is a ``DistributedDataParallel``, statistics are joined over its ranks.
 
         Args:
             model: The model whose parameters are trained.
@@ -105,26 +109,38 @@ class RoutedOptimizer(Optimizer):
         Raises:
             ValueError: The recipes disagree on ``fisher``, or labels are to be sampled and the loss is unknown.
         """
-        layers = find_layers(model)
-        readers = [r for r in self.recipes if r.reads_layers]
-        kinds = {r.values()["fisher"] for r in readers}
+        ranks = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
+        inner = model if ranks is None else ranks.module
+        self._engine.process_group = None if ranks is None else ranks.process_group
+        if self._logits is not None:
+            self._logits.remove()
+        attention = self._noted("max_logits")
+        self._logits = AttentionLogits(inner, attention, partial(self.note, "max_logits")) if attention else None
+        if self._blocks_read:
+            self._read_layers(inner, loss, scaler)
+
+    def _read_layers(self, model: nn.Module, loss: Any, scaler: Any) -> None:
+        kinds = {r.values()["fisher"] for r in self.recipes if r.reads_layers}
         if len(kinds) != 1:
             raise ValueError(f"fisher must be the same in all groups, not {', '.join(sorted(map(repr, kinds)))}")
         if self._engine.observer is not None:
             self._engine.observer.capture.remove()
-        blocks = watched(self._blocks_read, layers)
+        layers = find_layers(model)
         modules = {n: m for weight in self._blocks_read for n, m in zip(layers[weight].names, layers[weight].modules)}
-        inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        blocks = watched(self._blocks_read, layers)
         self._engine.observer = Observer(
-            self._engine,
-            inner,
-            modules,
-            blocks,
-            fisher=kinds.pop(),
-            loss=loss,
-            scaler=scaler,
-            process_group=getattr(model, "process_group", None) if inner is not model else None,
+            self._engine, model, modules, blocks, fisher=kinds.pop(), loss=loss, scaler=scaler
         )
+
+    def _noted(self, kind: str) -> list[str]:
+        """The modules whose notes of a kind some constraint reads."""
+        found = []
+        for index, recipe in enumerate(self.recipes):
+            if recipe.couples:
+                names = self.param_groups[index]["param_names"]
+                blocks = [block for name in names for block in self._engine.binder.blocks[name]]
+                found += [c.module for c in recipe.constraints(blocks) if c.note == kind and c.module]
+        return list(dict.fromkeys(found))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters: routed by shape, and split into a group for each recipe that takes some of them.
@@ -159,6 +175,7 @@ class RoutedOptimizer(Optimizer):
             "_base": self._base,
             "_engine_options": self._engine_options,
             "_blocks_read": self._blocks_read,
+            "_logits": None,
             "table": self.table,
         }
 

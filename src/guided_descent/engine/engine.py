@@ -82,12 +82,19 @@ class Engine:
         self.compiled: Compiled | None = None
         self.refresher = Refresher(self)
         self.observer: Observer | None = None
+        self.process_group: Any = None  # the ranks of a DistributedDataParallel model
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but scratch, graphs and hooks on the model."""
         work = Workspace()
         compiled = self.compiled and Compiled(work, self.compiled.backend)
-        return self.__dict__ | {"work": work, "compiled": compiled, "observer": None, "notes": {}}
+        return self.__dict__ | {
+            "work": work,
+            "compiled": compiled,
+            "observer": None,
+            "notes": {},
+            "process_group": None,
+        }
 
     def bind(self) -> Plan:
         """The plan for the tensors that the groups hold now."""
@@ -489,6 +496,8 @@ class Engine:
 
     def _constrain(self, plan: Plan, gradients: Sequence[Tensor | None]) -> None:
         coupled = [i for i, recipe in enumerate(self.recipes) if recipe.couples]
+        if coupled and self.process_group is not None:
+            self._join_notes()
         named = {p.name: p for p in plan.parameters} if coupled else {}
         for index in coupled:
             recipe = self.recipes[index]
@@ -504,11 +513,23 @@ class Engine:
                     notes = self.notes.get(constraint.note, {})
                     constraint.apply(tensors, self.groups[members[0].group], notes)
 
+    def _join_notes(self) -> None:
+        """The largest notes of all ranks."""
+        dist = torch.distributed
+        theirs: list[Any] = [None] * dist.get_world_size(self.process_group)
+        mine = {kind: {name: value.cpu() for name, value in notes.items()} for kind, notes in self.notes.items()}
+        dist.all_gather_object(theirs, mine, group=self.process_group)
+        for notes in theirs:
+            for kind, values in notes.items():
+                self.note(kind, values)
+
     def note(self, kind: str, values: Mapping[str, Tensor]) -> None:
         """Keep the largest value noted since the last step, elementwise."""
         kept = self.notes.setdefault(kind, {})
         for name, value in values.items():
-            kept[name] = torch.maximum(kept[name], value) if name in kept else value.detach().clone()
+            kept[name] = (
+                torch.maximum(kept[name], value.to(kept[name].device)) if name in kept else value.detach().clone()
+            )
 
     def _count(self, plan: Plan, active: Sequence[int]) -> None:
         if len(active) == len(plan.counts):

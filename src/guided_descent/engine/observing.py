@@ -28,7 +28,6 @@ class Observer:
         fisher: Which gradients they see: ``mc``, ``exact``, ``empirical`` or ``forward``.
         loss: The loss, from which labels are sampled.
         scaler: The ``GradScaler`` that scales the loss.
-        process_group: Ranks over which the sums are added.
     """
 
     def __init__(
@@ -41,11 +40,9 @@ class Observer:
         fisher: Fisher,
         loss: Any,
         scaler: Any = None,
-        process_group: Any = None,
     ) -> None:
         self.engine = engine
         self.blocks = blocks
-        self.process_group = process_group
         self.armed = False
         self.seen: dict[str, dict[str, Tensor]] = {}
         self.capture = Capture(
@@ -55,7 +52,7 @@ class Observer:
             fisher=fisher,
             loss=loss,
             seed=engine.groups[0]["seed"],
-            rank=0 if process_group is None else torch.distributed.get_rank(process_group),
+            rank=0 if engine.process_group is None else torch.distributed.get_rank(engine.process_group),
             scaler=scaler,
         )
         self.arm()
@@ -86,10 +83,20 @@ class Observer:
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Note the number of passes, and add the sums over the ranks."""
+        """Note the number of passes, and add the sums over the ranks.
+
+        Raises:
+            RuntimeError: Labels are to be sampled, and nobody has said from which loss.
+        """
         if not self.armed:
             return
-        if self.process_group is not None:
+        if not self.seen and self.capture.loss is None and self.capture.fisher in ("mc", "exact"):
+            raise RuntimeError(
+                f"fisher={self.capture.fisher!r} samples labels from the model's output and must know the loss: build "
+                "with loss='cross_entropy' (or another of guided_descent.capture.LOSSES), call "
+                "optimizer.curvature_pass(out, 'cross_entropy') before the backward pass, or use fisher='empirical'"
+            )
+        if self.engine.process_group is not None:
             self._add_ranks()
         for sums in filter(None, self.seen.values()):
             like = next(iter(sums.values()))
@@ -116,8 +123,8 @@ class Observer:
             key: {name: (tuple(value.shape), value.dtype) for name, value in sums.items()}
             for key, sums in self.seen.items()
         }
-        all_ranks: list[Any] = [None] * dist.get_world_size(self.process_group)
-        dist.all_gather_object(all_ranks, mine, group=self.process_group)
+        all_ranks: list[Any] = [None] * dist.get_world_size(self.engine.process_group)
+        dist.all_gather_object(all_ranks, mine, group=self.engine.process_group)
         device = next(iter(self.engine.groups[0]["params"])).device
         union: dict[str, dict[str, Any]] = {}
         for theirs in all_ranks:
@@ -132,7 +139,7 @@ class Observer:
         for dtype in sorted({self.seen[key][name].dtype for key, name in places}, key=str):
             chosen = [self.seen[key][name] for key, name in places if self.seen[key][name].dtype == dtype]
             flat = torch.cat([value.reshape(-1) for value in chosen])
-            dist.all_reduce(flat, group=self.process_group)
+            dist.all_reduce(flat, group=self.engine.process_group)
             for value, part in zip(chosen, torch.split(flat, [value.numel() for value in chosen])):
                 value.copy_(part.view_as(value))
 
