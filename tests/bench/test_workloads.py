@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from guided_descent.bench.data import source_corpus
+from guided_descent.bench.data import images, source_corpus
 from guided_descent.bench.models import ByteGPT
 from guided_descent.bench.problem import load_problem
 from guided_descent.bench.workloads import FAMILIES, WORKLOADS, expand
@@ -25,6 +25,22 @@ def test_every_workload_goes_through_the_user_s_door(name):
     a.model.eval()
     with torch.no_grad():
         assert math.isfinite(a.evaluate(a.model)[a.metric])
+
+
+@pytest.mark.parametrize("name", ["lm-source", "mlp-digits", "mnist1d", "ae-mnist", "pinn-burgers"])
+def test_the_objective_of_a_workload_is_its_loss(name):
+    """In value and gradient; the smoke family has the loss alone."""
+    task = load_problem(name, 0)
+    batch = task.batch(0)
+    objective = task.objective(batch)
+    assert objective.curved
+    loss = task.loss(task.model, batch)
+    assert objective.value().item() == pytest.approx(loss.item(), rel=1e-5)
+    expected = torch.autograd.grad(loss, task.trainable())
+    found = torch.autograd.grad(objective.value(), task.trainable())
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm() + 1e-9
+    assert not load_problem("smoke-quadratic", 0).objective(None).curved
 
 
 def test_families_expand_to_workloads():
@@ -106,3 +122,45 @@ def test_mlp_digits_can_be_learned():
         optimizer.step()
     with torch.no_grad():
         assert task.evaluate(task.model)["accuracy"] > 0.95
+
+
+def test_ae_mnist_is_the_written_workload():
+    task = load_problem("ae-mnist", 0)
+    linear = [m for m in task.model if isinstance(m, nn.Linear)]
+    assert [m.out_features for m in linear] == [1000, 500, 250, 30, 250, 500, 1000, 784]
+    kinds = [type(m).__name__ for m in task.model if not isinstance(m, nn.Linear)]
+    assert kinds == ["Tanh"] * 6 + ["Sigmoid"]
+    assert not isinstance(task.model[7], nn.Tanh)  # the code is linear
+    assert sum(p.numel() for p in task.model.parameters()) == 2_837_314
+    assert (task.steps, task.metric, task.likelihood) == (600, "train_error", "sum_mse")
+    assert task.batch(0).shape == (256, 784)
+    x = task.batch(0)
+    with torch.no_grad():
+        z = task.model(x)
+        assert task.loss(task.model, x).item() == pytest.approx(((z - x) ** 2).sum().item() / 256, rel=1e-5)
+        values = task.evaluate(task.model)
+    assert set(values) == {"train_error", "test_error"}
+    assert 100 < values["train_error"] < 300  # grey pictures
+
+
+def test_the_images_are_5000_digits_in_two_parts():
+    split = images()
+    assert (split.x.shape, split.x_test.shape) == ((4500, 784), (500, 784))
+    assert (split.x.min().item(), split.x.max().item()) == (0.0, 1.0)
+    assert torch.bincount(torch.cat([split.y, split.y_test])).tolist() == [500] * 10
+    assert split.y_test.bincount().min() > 30
+    assert len({bytes(row.numpy()) for row in torch.cat([split.x, split.x_test])}) > 4900  # no picture in both parts
+
+
+def test_ae_mnist_learns():
+    """Ten steps of AdamW take it below the error of the mean picture, about 52."""
+    task = load_problem("ae-mnist", 0)
+    optimizer = torch.optim.AdamW(task.model.parameters(), lr=1e-3)
+    losses = []
+    for step in range(10):
+        optimizer.zero_grad()
+        loss = task.loss(task.model, task.batch(step))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]

@@ -308,3 +308,38 @@ def _rank(rank: int, world: int, folder: str) -> None:
 
 def test_ranks_of_a_distributed_model_add_their_sums(tmp_path: Any) -> None:
     torch.multiprocessing.spawn(_rank, args=(2, str(tmp_path)), nprocs=2)
+
+
+class Direct(nn.Module):
+    """Uses a layer's weight without calling the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 4)
+        self.around = nn.Linear(4, 4, bias=False)
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x) @ self.around.weight.T)
+
+
+def test_a_layer_that_is_not_called_is_an_error_before_anything_changes() -> None:
+    model, (x, y) = Direct().double(), data()
+    opt = gd.build(model, Watcher())
+    F.cross_entropy(model(x), y).backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"'around.weight' has a gradient, but its layer 'around' was not called"):
+        opt.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    opt = gd.build(model, Watcher(), rules=[gd.rule("around.weight", recipe="adamw")])
+    model.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    opt.step()
+
+
+def test_labels_of_an_unknown_loss_are_an_error() -> None:
+    model, (x, y) = net(), data()
+    opt = gd.build(model, Watcher(fisher="mc"))
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(RuntimeError, match="must know the loss"):
+        opt.step()

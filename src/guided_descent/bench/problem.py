@@ -23,7 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from guided_descent.bench.files import BenchError
+from guided_descent.solvers.likelihoods import LIKELIHOODS, likelihood
+from guided_descent.solvers.objective import Objective
 
+_AGREE = 1e-3  # relative: how closely loss, residuals and likelihood must agree on the first batch
 Batch = Any  # a tensor, or tuples, lists and dicts of tensors: whatever the loss understands
 
 
@@ -51,6 +54,15 @@ class Problem:
         eval_every: Steps between evaluations; None: a twelfth of the run.
         clip: Global gradient norm at which gradients are clipped, the same for every optimizer; None: no clipping.
         data: Hash of the data; "" means: the hash of the first batch.
+        outputs: ``outputs(model, batch)``: the model's outputs ``[..., C]``; with ``targets`` and ``likelihood`` they
+            say what kind of loss ``loss`` is, which methods with curvature need to know.
+        targets: ``targets(batch)``: what the outputs are compared with.
+        likelihood: The loss of outputs and targets: ``cross_entropy`` (mean over rows), ``mse`` (mean over elements),
+            ``sum_mse`` and ``half_mse`` (mean over rows of the sum, of half the sum) or ``bce`` (mean over elements;
+            outputs are logits).
+        residuals: ``residuals(model, batch)``: instead of outputs, a tensor whose mean square is the loss.
+        jacobian: ``jacobian(model, batch)``: the Jacobian ``[n, P]`` of the flat residuals by the trainable parameters,
+            where the task has a faster way than n backward passes.
 
     Raises:
         ProblemError: A field has the wrong type or an impossible value.
@@ -68,6 +80,11 @@ class Problem:
     eval_every: int | None = None
     clip: float | None = None
     data: str = ""
+    outputs: Callable[[nn.Module, Batch], Tensor] | None = None
+    targets: Callable[[Batch], Tensor] | None = None
+    likelihood: str | None = None
+    residuals: Callable[[nn.Module, Batch], Tensor] | None = None
+    jacobian: Callable[[nn.Module, Batch], Tensor] | None = None
     _listed: Sequence[Batch] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -89,6 +106,15 @@ class Problem:
                 raise ProblemError(f"Problem.{name} is {value!r}; it must be a whole number, 1 or more")
         if self.clip is not None and not self.clip > 0:
             raise ProblemError(f"Problem.clip is {self.clip!r}; it must be more than 0, or None for no clipping")
+        parts = [name for name in ("outputs", "targets", "likelihood") if getattr(self, name) is not None]
+        if len(parts) not in (0, 3):
+            raise ProblemError(f"Problem has {' and '.join(parts)} alone; outputs, targets and likelihood go together")
+        if self.likelihood is not None and self.likelihood not in LIKELIHOODS:
+            raise ProblemError(f"Problem.likelihood is {self.likelihood!r}; it must be one of {', '.join(LIKELIHOODS)}")
+        if parts and self.residuals is not None:
+            raise ProblemError("Problem has outputs and residuals; give the one from which the loss is computed")
+        if self.jacobian is not None and self.residuals is None:
+            raise ProblemError("Problem.jacobian belongs to residuals; give them, too")
         if not callable(self.batches):
             self._listed = _as_list(self.batches)
 
@@ -98,6 +124,27 @@ class Problem:
             return self._listed[step % len(self._listed)]
         assert callable(self.batches)
         return self.batches(step)
+
+    def objective(self, batch: Batch, closure: Callable[[], Tensor] | None = None) -> Objective:
+        """The loss of a batch in as much detail as the problem gives, for methods that look into it.
+
+        Args:
+            batch: The batch.
+            closure: For ordinary optimizers: clears gradients, computes the loss, calls ``backward``, returns the loss.
+        """
+        model = self.model
+        if self.residuals is not None:
+            residuals, jacobian = self.residuals, self.jacobian
+            return Objective(
+                residuals=lambda: residuals(model, batch),
+                jacobian=None if jacobian is None else lambda: jacobian(model, batch),
+                closure=closure,
+            )
+        if self.outputs is not None and self.targets is not None and self.likelihood is not None:
+            outputs = self.outputs
+            kind = likelihood(self.likelihood, self.targets(batch))
+            return Objective(outputs=lambda: outputs(model, batch), likelihood=kind, closure=closure)
+        return Objective(loss=lambda: self.loss(model, batch), closure=closure)
 
     def trainable(self) -> list[nn.Parameter]:
         """The parameters that require a gradient, each once."""
@@ -133,7 +180,7 @@ def load_problem(ref: str, seed: int = 0) -> Problem:
     loss of the first batch is computed once, without a step.
 
     Args:
-        ref: ``lm-source``, ``mlp-digits``, a ``smoke-...`` name, or ``package.module:function``.
+        ref: ``lm-source``, ``mlp-digits``, ``pinn-burgers``, a ``smoke-...`` name, or ``package.module:function``.
         seed: Passed to the function if it takes an argument.
 
     Raises:
@@ -227,6 +274,7 @@ def check_problem(problem: Problem) -> None:
         raise ProblemError(f"the loss fails on the first batch ({shapes}) with {short(error)}") from error
     finally:
         problem.model.train(was_training)
+    curved = _curved_value(problem, batch)
     if not problem.trainable():
         raise ProblemError("the model has no parameter that requires a gradient; there is nothing to train")
     if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -236,6 +284,26 @@ def check_problem(problem: Problem) -> None:
         raise ProblemError("the loss has no gradient; compute it with torch operations from the model, without detach")
     if not bool(torch.isfinite(loss)):
         raise ProblemError(f"the loss of the first batch is {loss.item()} before any step; check data and model")
+    if curved is not None and not abs(curved - loss.item()) <= _AGREE * max(abs(curved), abs(loss.item())):
+        what = "the mean square of the residuals" if problem.residuals else f"{problem.likelihood} of the outputs"
+        raise ProblemError(
+            f"{what} is {curved:.6g} on the first batch and the loss {loss.item():.6g}; both must be the same loss"
+        )
+
+
+def _curved_value(problem: Problem, batch: Batch) -> float | None:
+    """The loss as residuals or outputs give it, in eval mode; None without them."""
+    if problem.residuals is None and problem.outputs is None:
+        return None
+    was_training = problem.model.training
+    problem.model.eval()
+    try:
+        return float(problem.objective(batch).value().detach())
+    except Exception as error:
+        name = "residuals" if problem.residuals is not None else "outputs"
+        raise ProblemError(f"{name} and likelihood fail on the first batch with {short(error)}") from error
+    finally:
+        problem.model.train(was_training)
 
 
 def tensors(batch: Batch) -> Iterator[Tensor]:

@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from guided_descent.bench.files import BenchError, make_folder
 from guided_descent.bench.problem import Problem, load_problem, tensor_hash, tensors
 from guided_descent.bench.session import Session, Tick
 from guided_descent.bench.signals import SignalFlag
+from guided_descent.bench.specs import TORCH_LBFGS
 from guided_descent.bench.store import (
     CONFIG,
     METRICS,
@@ -33,6 +35,7 @@ from guided_descent.bench.store import (
     read_run,
     write_record,
 )
+from guided_descent.solvers import SOLVERS, Solver
 
 CHECKPOINTS = "checkpoints"
 
@@ -41,17 +44,37 @@ BuildSchedule = Callable[[Optimizer, ScheduleSpec, int], LRScheduler]
 
 
 def build_optimizer(model: nn.Module, spec: OptimizerSpec) -> Optimizer:
-    """``guided_descent.optimizer(spec.name, model, **spec.hyper)``."""
+    """A solver by its name, torch's L-BFGS, or ``guided_descent.optimizer(spec.name, model, **spec.hyper)``."""
     import guided_descent
 
+    if spec.name in SOLVERS:
+        return SOLVERS[spec.name](model, **spec.hyper)
+    if spec.name == TORCH_LBFGS:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        return torch.optim.LBFGS(parameters, **{"line_search_fn": "strong_wolfe", **spec.hyper})
     optimizer: Optimizer = guided_descent.optimizer(spec.name, model, **spec.hyper)
     return optimizer
 
 
+def knowing(spec: OptimizerSpec, problem: Problem) -> OptimizerSpec:
+    """The spec with the problem's loss, for a recipe that samples labels from it and was not told another."""
+    from guided_descent.recipes import REGISTRY
+
+    info = REGISTRY.get(spec.name)
+    if info is None or not info.cls.reads_layers or problem.likelihood is None or "loss" in spec.hyper:
+        return spec
+    return replace(spec, hyper={**spec.hyper, "loss": problem.likelihood})
+
+
 def build_schedule(optimizer: Optimizer, spec: ScheduleSpec, steps: int) -> LRScheduler:
-    """``guided_descent.schedules.<spec.name>(optimizer, total_steps=steps, **spec.options)``."""
+    """``guided_descent.schedules.<spec.name>(optimizer, total_steps=steps, **spec.options)``.
+
+    Solvers find their step length themselves, so their ``lr`` stays constant whatever the schedule.
+    """
     from guided_descent import schedules
 
+    if isinstance(optimizer, Solver | torch.optim.LBFGS):
+        return schedules.constant(optimizer)
     function = getattr(schedules, spec.name, None)
     if not callable(function) or spec.name.startswith("_"):
         raise BenchError(f"unknown schedule {spec.name!r}; it must be a function of guided_descent.schedules")
@@ -128,7 +151,7 @@ def train(
             if finished is not None:
                 return finished
             try:
-                optimizer = build_optimizer(task.model, spec)
+                optimizer = build_optimizer(task.model, knowing(spec, task))
             except (TypeError, ValueError, KeyError) as error:
                 raise BenchError(f"optimizer {spec.name!r}: {' '.join(str(error).split())}") from error
             scheduler = build_schedule(optimizer, schedule, steps)

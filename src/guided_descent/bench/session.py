@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from guided_descent.bench.store import (
     read_metrics,
 )
 from guided_descent.engine import NonFiniteError
+from guided_descent.solvers.objective import Objective
 
 PROBE_EVERY = 10  # steps between measurements of gradient norm and update size; they are outside the timers
 WARM_STEPS = 10  # steps left out of the mean step time
@@ -146,8 +147,10 @@ class Session:
             return loss
 
         step = Stopwatch().start()
+        objective = self._timed(self.problem.objective(batch, closure), model)
+        returned: Any = None
         try:
-            self.optimizer.step(closure)  # type: ignore[arg-type]  # torch types the closure's value as float
+            returned = self.optimizer.step(objective)  # type: ignore[arg-type]  # torch's closures return a float
         except BREAKDOWN as error:
             self.warn(f"step {self.step + 1}: the optimizer gave up with {short(error)}")
             self.diverged = True
@@ -166,10 +169,35 @@ class Session:
         if probe:
             moved = _norm(p.detach() - old for p, old in zip(self.parameters, before, strict=True))
             row["update_rms"] = moved / math.sqrt(sum(p.numel() for p in self.parameters))
-        self.pending.append((row, losses[0] if losses else torch.tensor(math.nan)))
+        first = losses[0] if losses else returned  # a solver evaluates the objective itself and returns the loss
+        self.pending.append((row, first if isinstance(first, Tensor) else torch.tensor(math.nan)))
         if len(self.pending) >= self.flush_every:
             self._flush()
         self._tick()
+
+    def _timed(self, objective: Objective, watch: Stopwatch) -> Objective:
+        """The objective with forward passes on the model's clock and errors that name the step."""
+
+        def wrap(name: str) -> Callable[[], Tensor] | None:
+            function = getattr(objective, name)
+            if function is None:
+                return None
+
+            def timed() -> Tensor:
+                watch.start()
+                result: Tensor = self._call("the loss" if name == "loss" else name, function)
+                watch.stop()
+                return result
+
+            return timed
+
+        return replace(
+            objective,
+            loss=wrap("loss"),
+            residuals=wrap("residuals"),
+            outputs=wrap("outputs"),
+            jacobian=wrap("jacobian"),
+        )
 
     def _call(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
         try:

@@ -10,6 +10,7 @@ from typing import Any
 from guided_descent.bench.files import BenchError
 from guided_descent.bench.store import OptimizerSpec
 
+TORCH_LBFGS = "torch_lbfgs"
 OPENING, CLOSING = "([{", ")]}"
 
 
@@ -45,6 +46,14 @@ def parse_optimizer(text: str) -> OptimizerSpec:
         place[last] = _value(value)
     label = name if not hyper else f"{name} {format_hyper(hyper)}"
     return OptimizerSpec(name.strip(), hyper, label)
+
+
+def known_optimizers() -> list[str]:
+    """Every name an optimizer may have here, sorted: the recipes, the solvers, and torch's L-BFGS beside them."""
+    import guided_descent
+    from guided_descent.solvers import SOLVERS
+
+    return sorted([*guided_descent.list_optimizers(), *SOLVERS, TORCH_LBFGS])
 
 
 def format_hyper(hyper: Mapping[str, Any]) -> str:

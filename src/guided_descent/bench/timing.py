@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from guided_descent.bench.problem import Problem
+from guided_descent.solvers import Solver
 
 BLOCK = 10  # the refresh period of SOAP and Shampoo by default
 CALM = 0.1  # the part of the learning rate used here: without a warmup the full one might diverge
@@ -66,6 +67,9 @@ class _Lane:
         clock, problem, optimizer, inside = self.clock, self.problem, self.optimizer, 0.0
         began = clock()
         for _ in range(steps):
+            if isinstance(optimizer, Solver | torch.optim.LBFGS):  # evaluates the loss itself: all of it is its part
+                inside += self._solve()
+                continue
             loss = problem.loss(problem.model, problem.batch(self.step))
             loss.backward()  # type: ignore[no-untyped-call]
             if problem.clip is not None:
@@ -76,6 +80,20 @@ class _Lane:
             inside += clock() - entered
             self.step += 1
         return 1e3 * (clock() - began) / steps, 1e3 * inside / steps
+
+    def _solve(self) -> float:
+        """One step of a solver; its seconds."""
+        problem, batch, entered = self.problem, self.problem.batch(self.step), self.clock()
+
+        def closure() -> Tensor:
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = problem.loss(problem.model, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        self.optimizer.step(problem.objective(batch, closure))  # type: ignore[arg-type]  # torch's return a float
+        self.step += 1
+        return self.clock() - entered
 
 
 def time_steps(

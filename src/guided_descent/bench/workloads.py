@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from guided_descent.bench.data import EpochOrder, Split, digits, one_dimensional_digits, source_corpus
-from guided_descent.bench.models import ByteGPT, mlp
-from guided_descent.bench.problem import Batch, Problem
+from guided_descent.bench import burgers
+from guided_descent.bench.data import EpochOrder, Split, digits, images, one_dimensional_digits, source_corpus
+from guided_descent.bench.models import ByteGPT, autoencoder, mlp
+from guided_descent.bench.problem import Batch, Problem, tensor_hash
 from guided_descent.bench.smoke import factorisation, logistic, quadratic, rosenbrock
 
 CONTEXT, BATCH = 64, 32
@@ -29,9 +30,16 @@ def lm_source(seed: int) -> Problem:
     chosen = valid[torch.linspace(0, len(valid) - 1, VALID_WINDOWS).long()]
     order = EpochOrder(len(train), BATCH, seed)
 
+    def outputs(model: nn.Module, batch: Batch) -> Tensor:
+        logits: Tensor = model(batch[:, :-1].long())
+        return logits.flatten(0, 1)
+
+    def targets(batch: Batch) -> Tensor:
+        labels: Tensor = batch[:, 1:].long().flatten()
+        return labels
+
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        tokens = batch.long()
-        return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        return F.cross_entropy(outputs(model, batch), targets(batch))
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         parts = torch.split(chosen, BATCH)
@@ -48,6 +56,9 @@ def lm_source(seed: int) -> Problem:
         unit="bits/byte",
         eval_every=50,
         data=corpus.hash,
+        outputs=outputs,
+        targets=targets,
+        likelihood="cross_entropy",
     )
 
 
@@ -92,6 +103,74 @@ def classification(split: Split, model: nn.Module, *, batch: int, steps: int, se
         metric="test_loss",
         unit="nats",
         data=split.hash,
+        outputs=lambda model, batch: model(batch[0]),
+        targets=lambda batch: batch[1],
+        likelihood="cross_entropy",
+    )
+
+
+def ae_mnist(seed: int) -> Problem:
+    """The deep autoencoder 784-1000-500-250-30 and back on MNIST digits; 2.84M parameters, 256 images a step.
+
+    The loss is the squared error summed over the pixels, the mean over images; 4,500 images train, 500 test. Compared
+    is the same error on 1,000 of the training images, fixed: how far the method gets, not how well it generalises.
+
+    Source: Hinton and Salakhutdinov 2006; Martens 2010.
+    """
+    split = images()
+    order = EpochOrder(len(split.x), 256, seed)
+
+    def error(model: nn.Module, x: Tensor) -> Tensor:
+        mean: Tensor = (model(x) - x).square().sum(-1).mean()
+        return mean
+
+    return Problem(
+        model=autoencoder(784, 1000, 500, 250, 30),
+        loss=error,
+        batches=lambda step: split.x[order(step)],
+        evaluate=lambda model: {
+            "train_error": error(model, split.x[:1000]).item(),
+            "test_error": error(model, split.x_test).item(),
+        },
+        steps=600,
+        metric="train_error",
+        unit="per image",
+        eval_every=50,
+        data=split.hash,
+        outputs=lambda model, batch: model(batch),
+        targets=lambda batch: batch,
+        likelihood="sum_mse",
+    )
+
+
+def pinn_burgers(seed: int) -> Problem:
+    """A physics-informed network for Burgers' equation (``burgers.py``): float64, full batch, 1,000 steps at 1x.
+
+    Compared is the relative 2-norm error of ``u`` against the exact solution on a grid of 100 x 256. The seed draws the
+    weights; the points are fixed.
+    """
+    at = burgers.points()
+
+    def net(model: nn.Module) -> burgers.BurgersNet:
+        assert isinstance(model, burgers.BurgersNet)
+        return model
+
+    def residuals(model: nn.Module, batch: Batch) -> Tensor:
+        return burgers.residuals(net(model), at)
+
+    grid, solution = burgers.reference()
+    return Problem(
+        model=burgers.BurgersNet(),
+        loss=lambda model, batch: residuals(model, batch).square().mean(),
+        batches=lambda step: None,
+        evaluate=lambda model: {"error": burgers.relative_error(model)},
+        steps=1000,
+        metric="error",
+        unit="of |u|",
+        target=5e-3,
+        data=tensor_hash([at.inside, at.edge, at.values, at.weights, grid, solution]),
+        residuals=residuals,
+        jacobian=lambda model, batch: burgers.jacobian(net(model), at),
     )
 
 
@@ -99,6 +178,8 @@ WORKLOADS: dict[str, Callable[[int], Problem]] = {
     "lm-source": lm_source,
     "mlp-digits": mlp_digits,
     "mnist1d": mnist1d,
+    "ae-mnist": ae_mnist,
+    "pinn-burgers": pinn_burgers,
     "smoke-quadratic": quadratic,
     "smoke-factorisation": factorisation,
     "smoke-rosenbrock": rosenbrock,

@@ -105,12 +105,11 @@ def print_json(document: Any) -> None:
 
 def read_specs(texts: Sequence[str] | None, default: Sequence[str] = ()) -> list[OptimizerSpec]:
     """Read optimizers and refuse unknown names, with the nearest known one."""
-    import guided_descent
-    from guided_descent.bench.specs import parse_optimizer
+    from guided_descent.bench.specs import known_optimizers, parse_optimizer
 
     specs = [parse_optimizer(text) for text in texts or default]
     for spec in specs:
-        check_known(spec.name, guided_descent.list_optimizers())
+        check_known(spec.name, known_optimizers())
     return specs
 
 

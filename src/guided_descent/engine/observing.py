@@ -45,6 +45,7 @@ class Observer:
         self.blocks = blocks
         self.armed = False
         self.seen: dict[str, dict[str, Tensor]] = {}
+        self.reached: set[str] = set()  # blocks that have been seen at some step
         self.capture = Capture(
             model,
             layers,
@@ -86,7 +87,8 @@ class Observer:
         """Note the number of passes, and add the sums over the ranks.
 
         Raises:
-            RuntimeError: Labels are to be sampled, and nobody has said from which loss.
+            RuntimeError: Labels are to be sampled, and nobody has said from which loss; or a weight has a gradient
+                though its layer was not called.
         """
         if not self.armed:
             return
@@ -98,6 +100,7 @@ class Observer:
             )
         if self.engine.process_group is not None:
             self._add_ranks()
+        self._check_unseen()
         for sums in filter(None, self.seen.values()):
             like = next(iter(sums.values()))
             sums["count"] = torch.tensor(float(self.capture.passes), device=like.device, dtype=torch.float64)
@@ -107,7 +110,8 @@ class Observer:
         places = self.engine.bind_current().places
         number = self.engine.groups[0]["steps"] + 1
         for block in self.blocks.get(layer, ()):
-            if block.key not in places:  # frozen
+            if block.key not in places:  # frozen until now: its first statistics come with the next pass
+                self.reached.add(block.key)
                 continue
             bucket, i = places[block.key]
             h = self.engine.groups[bucket.group]
@@ -115,6 +119,25 @@ class Observer:
             for part in bucket.parts:
                 if part.needs.layer_io and part.observes(h, number):
                     part.observe(self.seen.setdefault(block.key, {}), _part_of(io, block), state, block, h)
+
+    def _check_unseen(self) -> None:
+        """A layer that the passes went around would never be trained: say so before anything changes."""
+        if not self.seen:
+            return  # no pass went through the model at all: its blocks wait
+        self.reached |= {key for key, sums in self.seen.items() if sums}
+        for layer, blocks in self.blocks.items():
+            for block in blocks:
+                bucket, i = self.engine.bind_current().places.get(block.key, (None, 0))
+                if block.key in self.reached or bucket is None:
+                    continue
+                grads = [p.tensor.grad for p in bucket.owners[i] if p.tensor.grad is not None]
+                if any(bool(g.any()) for g in grads):
+                    raise RuntimeError(
+                        f"{block.pieces[0].name!r} has a gradient, but its layer {layer!r} was not called in the "
+                        "passes before this step: the model uses the weight directly, or checkpoints with "
+                        "use_reentrant=True. Call the layer, checkpoint with use_reentrant=False, or give the weight "
+                        f"to another recipe: rules=[guided_descent.rule({block.pieces[0].name!r}, recipe='adamw')]"
+                    )
 
     def _add_ranks(self) -> None:
         """Sums over ranks, as one message for each dtype; a rank that has not seen a block adds zeros."""
