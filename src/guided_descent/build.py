@@ -379,7 +379,8 @@ def _read_layers(
     if not known:
         label = next(owner.label for owner in owners if owner.reads_layers)
         raise TypeError(
-            f"{label} reads the inputs and output gradients of layers: pass the model itself, not its parameters"
+            f"{label} reads the inputs and output gradients of layers: pass the model itself, not its parameters; for "
+            "layers that come later build a new optimizer"
         )
     place = {name: i for i, name in enumerate(names)}
     made: dict[str, tuple[Block, ...]] = {}

@@ -28,7 +28,7 @@ from guided_descent.engine.state import HALF
 from guided_descent.linalg.workspace import Workspace
 from guided_descent.parts.base import WRITERS, Batch, Part
 from guided_descent.parts.rows import Rows
-from guided_descent.routing.roles import Block
+from guided_descent.routing import Block, canonical_name
 
 log = logging.getLogger("guided_descent")
 Totals = dict[Part, dict[str, Tensor]]
@@ -524,9 +524,9 @@ class Engine:
                 self.note(kind, values)
 
     def note(self, kind: str, values: Mapping[str, Tensor]) -> None:
-        """Keep the largest value noted since the last step, elementwise."""
+        """Keep the largest value noted since the last step, elementwise, by the module's name without wrappers."""
         kept = self.notes.setdefault(kind, {})
-        for name, value in values.items():
+        for name, value in ((canonical_name(given), value) for given, value in values.items()):
             kept[name] = (
                 torch.maximum(kept[name], value.to(kept[name].device)) if name in kept else value.detach().clone()
             )

@@ -181,7 +181,8 @@ class Refresher:
                     inputs = tuple(value[at] for value in inputs)
                     job.rows, piece = rows, self.engine.cut(job.work.bucket, rows)
             shapes = tuple(tuple(value.shape[1:]) for value in inputs)
-            alone = inputs[0].device.type == "cpu" and max(map(max, shapes), default=0) > SMALL
+            largest = max((side for shape in shapes for side in shape), default=0)
+            alone = inputs[0].device.type == "cpu" and largest > SMALL
             key = number if alone else (job.part, job.work.bucket.group, shapes, inputs[0].dtype, inputs[0].device)
             found.setdefault(key, []).append((job, piece, inputs))
         return list(found.values())

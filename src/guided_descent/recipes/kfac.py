@@ -9,6 +9,7 @@ from guided_descent.parts.clip import KlClip
 from guided_descent.parts.damping import LevenbergMarquardt, QuadraticStep
 from guided_descent.parts.geometry.ekfac import Ekfac
 from guided_descent.parts.geometry.kfac import CHOICES, FORMS, RULES, Kfac
+from guided_descent.parts.geometry.kfac_inverse import KfacInverse
 from guided_descent.parts.geometry.kronecker import CARRIES
 from guided_descent.recipes.adam import DECAYS, AdamW
 from guided_descent.recipes.base import Recipe, hyper, lag, recipe, schedule, static, tolerance
@@ -51,7 +52,9 @@ class KFAC(Recipe):
     refresh_schedule: str = schedule()
     refresh_tolerance: float = tolerance()
     refresh_lag: int = lag()
-    refresh_method: str = static("eigh", of=("eigh", "qr"), help="a full solve, or one step of orthogonal iteration")
+    refresh_method: str = static(
+        "eigh", of=("eigh", "qr", "cholesky"), help="a full solve, one orthogonal iteration, or inverses (with pi)"
+    )
     fisher: str = static("mc", of=FISHERS, help="sampled labels, all of them, the true ones, or inputs alone")
     approx: str = static("expand", of=APPROXES, help="positions as data, or averaged first")
     sides: str = static("both", of=tuple(CHOICES), help="right: the inputs alone (FOOF); left: the gradients alone")
@@ -80,6 +83,13 @@ class KFAC(Recipe):
                 "has one: use damping_form='eigenbasis'"
             )
 
+        if self.refresh_method == "cholesky" and (self.damping_form != "pi" or self.damping_rule == "gcv"):
+            raise ValueError(
+                f"refresh_method='cholesky' of {self.label} inverts each factor with a damping of its own, and "
+                f"damping_form is {self.damping_form!r} and damping_rule {self.damping_rule!r}: use damping_form='pi' "
+                "and damping_rule 'fixed' or 'lm'"
+            )
+
     def route(self, block: Block) -> Recipe:
         """Matrices, embeddings and heads stay; stacks and the rest go to the auxiliary recipe."""
         takes = block.is_matrix or block.role in (Role.EMBEDDING, Role.HEAD)
@@ -89,7 +99,8 @@ class KFAC(Recipe):
 
     def geometry(self) -> Kfac:
         """The metric."""
-        return Kfac(sides=self.sides, form=self.damping_form, rule=self.damping_rule, max_dim=self.max_dim)
+        metric = KfacInverse if self.refresh_method == "cholesky" else Kfac
+        return metric(sides=self.sides, form=self.damping_form, rule=self.damping_rule, max_dim=self.max_dim)
 
     def parts(self, block: Block) -> Parts:
         """Decay into the gradient, metric, clip, momentum, decay, step."""

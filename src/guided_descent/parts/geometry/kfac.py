@@ -141,16 +141,17 @@ class Kfac(Slow):
         if not bool((good | ~fresh).all()):
             x.tick("repairs", (fresh & ~good).long().tolist())
         fresh = fresh & good
+        x.tick("captures", fresh.long().tolist())
         captures = s["captures"].add_(fresh)
         weight: Tensor = (1 / captures.clamp(min=1).double()).clamp(min=1 - h[self.decay]) * fresh
         for side, (value, _) in found.items():
             factor = s[side]
             value = torch.where(over(fresh, factor), value.to(factor.dtype), factor)
             factor.lerp_(value, over(weight, factor).to(factor.dtype))
-        self.start(x, s, fresh & (captures == 1))
+        self.start(x, s, h, fresh & (captures == 1))
         return weight
 
-    def start(self, x: Batch, s: State, rows: Tensor) -> None:
+    def start(self, x: Batch, s: State, h: Hyper, rows: Tensor) -> None:
         """Exact eigenbases of the rows whose first statistics have come; the identity where that fails, counted."""
         if not bool(rows.any()):
             return

@@ -240,6 +240,7 @@ class InverseFree(Part):
         good = fresh & torch.stack([seen[side].isfinite().all(1) for side in SIDES]).all(0)
         if not bool((good | ~fresh).all()):
             x.tick("repairs", (fresh & ~good).long().tolist())
+        x.tick("captures", good.long().tolist())
         first = s["captures"] == 0
         s["captures"].add_(good)
         factor, traces, lengths, grams = {}, {}, {}, {}

@@ -26,8 +26,8 @@ class LowRankNatural(Part):
     one for each row of the matrix (``span`` ``neuron``). It is not normalised by ``1 - gamma``. The small system is
     solved in float64, scaled by the longest column, with the rounding error of the Gram matrix added to lam.
 
-    State: ``columns`` [rank + every, numel], or [m, rank + every, n]. Counted: ``truncations``. Source: Le Roux,
-    Manzagol and Bengio 2007.
+    State: ``columns`` [rank + every, numel], or [m, rank + every, n]. Counted: ``truncations``, and ``fallbacks`` where
+    the solver failed and the newest columns were kept. Source: Le Roux, Manzagol and Bengio 2007.
     """
 
     slot: ClassVar[str] = "geometry"
@@ -72,8 +72,9 @@ class LowRankNatural(Part):
         scaled = columns / scale[..., None, None].to(columns.dtype)
         u.copy_((weights.to(columns.dtype).unsqueeze(-2) @ scaled).view(u.shape))
         if bool(turn == self.every - 1):
-            self.truncate(columns, gram, scale)
             x.tick("truncations")
+            if not self.truncate(columns, gram):
+                x.tick("fallbacks")
 
     @staticmethod
     def gram(columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,16 +85,16 @@ class LowRankNatural(Part):
         scaled = scaled / length[..., None, None]
         return (scaled @ scaled.mT).double(), peak.double() * length.double()
 
-    def truncate(self, columns: Tensor, gram: Tensor, scale: Tensor) -> None:
-        """Keep the leading directions; a Gram matrix that cannot be decomposed loses its oldest columns instead."""
+    def truncate(self, columns: Tensor, gram: Tensor) -> bool:
+        """Keep the leading directions; where the decomposition fails, the newest columns. Whether it did not."""
         try:
             vectors = torch.linalg.eigh(gram).eigenvectors[..., -self.rank :]
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            kept = columns[..., -self.rank :, :].clone()
-        else:
-            kept = vectors.mT.to(columns.dtype) @ columns
+            vectors = None
+        kept = columns[..., -self.rank :, :].clone() if vectors is None else vectors.mT.to(columns.dtype) @ columns
         columns[..., : self.rank, :] = kept
         columns[..., self.rank :, :] = 0
+        return vectors is not None
 
     def flops(self, block: Block) -> float:
         """The Gram matrix, the solution and the combination of the columns."""
