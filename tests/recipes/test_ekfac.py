@@ -146,7 +146,7 @@ def test_a_convolution_through_the_library() -> None:
     torch.manual_seed(3)
     net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Flatten(), nn.Linear(48, 2)).double()
     x, y = rand(6, 2, 4, 4, seed=1), torch.arange(6) % 2
-    options: dict[str, Any] = {"lr": 0.0, "fisher": "empirical", "precondition_frequency": 1000}
+    options: dict[str, Any] = {"lr": 0.0, "fisher": "empirical", "precondition_frequency": 1000, "factor_frequency": 1}
     opt = gd.optimizer("ekfac", net, loss="cross_entropy", **options)
     for _ in range(300):
         opt.zero_grad()

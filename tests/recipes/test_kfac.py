@@ -16,7 +16,14 @@ from guided_descent.recipes.kfac import FOOF, KFAC
 from guided_descent.routing.roles import Role
 from oracles.kfac import Bed, block, damped_solve, factors, jacobian, joint_order, layer, numbers, traced
 
-PLAIN: dict[str, Any] = {"lr": 1.0, "momentum": 0.0, "kl_clip": None, "refresh_schedule": "every"}
+PLAIN: dict[str, Any] = {
+    "lr": 1.0,
+    "momentum": 0.0,
+    "kl_clip": None,
+    "refresh_schedule": "every",
+    "damping_form": "eigenbasis",
+    "refresh_method": "eigh",
+}
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:

@@ -84,4 +84,4 @@ def test_without_damping_singular_factors_stay_finite() -> None:
 
 def test_it_needs_the_factored_damping() -> None:
     with pytest.raises(ValueError, match="use damping_form='pi'"):
-        gd.recipes.KFAC(refresh_method="cholesky")
+        gd.recipes.KFAC(refresh_method="cholesky", damping_form="eigenbasis")

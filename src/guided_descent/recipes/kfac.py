@@ -29,7 +29,8 @@ class KFAC(Recipe):
     """K-FAC: the gradient of each layer times the inverse of its Kronecker-factored, damped Fisher matrix.
 
     ``A = mean a a^T``, ``B = mean d d^T`` from layer inputs a and output gradients d of sampled labels;
-    ``Ghat = Q_B [(Q_B^T G Q_A) / (l_B l_A^T + lam)] Q_A^T``; all layers times
+    ``Ghat = (B + sqrt(lam) / pi I)^-1 G (A + pi sqrt(lam) I)^-1``, or with ``damping_form="eigenbasis"`` and
+    ``refresh_method="eigh"`` exactly damped, ``Q_B [(Q_B^T G Q_A) / (l_B l_A^T + lam)] Q_A^T``; all layers times
     ``nu = min(1, sqrt(kl_clip / |sum lr^2 <Ghat, G>|))``; ``b <- mu b + nu Ghat``; ``p <- p - lr b``. Needs the
     model and its ``loss``. Linear layers and convolutions with their biases, embeddings and heads are preconditioned.
     """
@@ -41,11 +42,11 @@ class KFAC(Recipe):
     lr: float = hyper(0.1, ge=0, help="learning rate; a multiplier of the model's own step where step='quadratic'")
     momentum: float = hyper(0.9, ge=0, lt=1, help="momentum of the preconditioned gradient")
     dampening: float = hyper(0.0, ge=0, le=1, help="share of a new direction that the momentum leaves out")
-    damping: float = hyper(1e-2, ge=0, help="lam, in units of the curvature; grows with the loss")
+    damping: float = hyper(0.03, ge=0, help="lam, in units of the curvature; grows with the loss")
     kl_clip: float | None = hyper(1e-3, gt=0, optional=True, help="bound on the step's length in the metric, or None")
     weight_decay: float = hyper(0.0, ge=0, help="decay; its form is chosen by decay")
     factor_decay: float = hyper(0.95, ge=0, lt=1, help="memory of the factors, in captures")
-    factor_frequency: int = hyper(1, ge=1, help="steps between captures of the layers")
+    factor_frequency: int = hyper(5, ge=1, help="steps between captures of the layers")
     precondition_frequency: int = hyper(10, ge=1, help="steps between refreshes of the bases")
     damping_interval: int = hyper(5, ge=1, help="steps between adaptations of the damping, for damping_rule='lm'")
     damping_omega: float = hyper(0.95, gt=0, lt=1, help="factor on the damping for each step of the interval")
@@ -53,12 +54,12 @@ class KFAC(Recipe):
     refresh_tolerance: float = tolerance()
     refresh_lag: int = lag()
     refresh_method: str = static(
-        "eigh", of=("eigh", "qr", "cholesky"), help="a full solve, one orthogonal iteration, or inverses (with pi)"
+        "cholesky", of=("eigh", "qr", "cholesky"), help="inverses (with pi), a full solve, or one orthogonal iteration"
     )
     fisher: str = static("mc", of=FISHERS, help="sampled labels, all of them, the true ones, or inputs alone")
     approx: str = static("expand", of=APPROXES, help="positions as data, or averaged first")
     sides: str = static("both", of=tuple(CHOICES), help="right: the inputs alone (FOOF); left: the gradients alone")
-    damping_form: str = static("eigenbasis", of=FORMS, help="the exact inverse, or factored with pi")
+    damping_form: str = static("pi", of=FORMS, help="factored with pi, or the exact inverse")
     damping_rule: str = static("fixed", of=RULES, help="fixed, Levenberg-Marquardt, or generalised cross-validation")
     step: str = static("momentum", of=("momentum", "quadratic"), help="quadratic: step and momentum from the model")
     decay: str = static("decoupled", of=(*DECAYS, "coupled"), help="coupled: into the gradient, before the metric")
@@ -87,7 +88,7 @@ class KFAC(Recipe):
             raise ValueError(
                 f"refresh_method='cholesky' of {self.label} inverts each factor with a damping of its own, and "
                 f"damping_form is {self.damping_form!r} and damping_rule {self.damping_rule!r}: use damping_form='pi' "
-                "and damping_rule 'fixed' or 'lm'"
+                "and damping_rule 'fixed' or 'lm', or else refresh_method='eigh'"
             )
 
     def route(self, block: Block) -> Recipe:
@@ -124,6 +125,8 @@ class EKFAC(KFAC):
     ``s = E_n[(Q_B^T g_n Q_A)^2]``; ``Ghat = Q_B [(Q_B^T G Q_A) / (s + lam)] Q_A^T``; the rest as in K-FAC.
     """
 
+    damping: float = hyper(1e-2, ge=0, help="lam, in units of the curvature; grows with the loss")
+    refresh_method: str = static("eigh", of=("eigh", "qr"), help="a full solve, or one step of orthogonal iteration")
     damping_form: str = static("eigenbasis", of=("eigenbasis",), help="the exact inverse")
     second_moment: str = static("rotate", of=CARRIES, help="how s follows a change of basis")
 
@@ -149,6 +152,8 @@ class FOOF(KFAC):
     lr: float = hyper(0.03, ge=0, help="learning rate; a multiplier of the model's own step where step='quadratic'")
     damping: float = hyper(0.1, ge=0, help="lam, in units of the squared inputs")
     kl_clip: float | None = hyper(None, gt=0, optional=True, help="bound on lr^2 <Ghat, G>, or None")
+    factor_frequency: int = hyper(1, ge=1, help="steps between captures of the layers, which cost little here")
     fisher: str = static("forward", of=FISHERS, help="inputs alone; empirical for damping_rule='gcv'")
     sides: str = static("right", of=("right",), help="the inputs alone")
+    refresh_method: str = static("eigh", of=("eigh", "qr"), help="a full solve, or one step of orthogonal iteration")
     damping_form: str = static("eigenbasis", of=("eigenbasis",), help="the exact inverse")
