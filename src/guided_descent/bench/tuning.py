@@ -3,8 +3,9 @@
 The rule (stated in every file it writes), for every optimizer alike:
 
 1. six learning rates: the documented default times 1/4, 1/2, 1, 2, 4 and 8;
-2. at the best of them four values of one further knob: the learning rate of the auxiliary optimizer where the recipe is
-   a hybrid that has one of its own (default times 4, 8, 16 and 32), else the weight decay;
+2. at the best of them four values of one further knob: the damping where there is one (default times 0.1, 0.3, 3 and
+   10); the learning rate of the auxiliary optimizer where the recipe is a hybrid that has one of its own (default times
+   4, 8, 16 and 32); else the weight decay;
 3. two more learning rates around the best pair: half and double, or a square root of 2 away where those are known;
 4. while any optimizer's best sits at an end of its grid, and at most twice, one more trial for *each*: beyond that end,
    or, where its best is inside, halfway (in logarithms) between its best learning rate and the better neighbour.
@@ -33,6 +34,7 @@ from guided_descent.bench.store import Goal, OptimizerSpec, RunConfig, slug
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 AUX_FACTORS = (4.0, 8.0, 16.0, 32.0)
+DAMPING_FACTORS = (0.1, 0.3, 3.0, 10.0)
 DECAYS = (0.0, 0.01, 0.03, 0.1, 0.3)
 SPACING = 2.0
 EXTENSIONS = 2
@@ -87,6 +89,9 @@ def space_of(name: str) -> Space:
     lr, aux = values.get("lr"), getattr(made, "aux", None)
     if not isinstance(lr, float | int) or not lr > 0:
         raise BenchError(f"{name} has the default learning rate {lr}; a grid needs one above 0")
+    if values.get("damping"):
+        damping = float(values["damping"])
+        return Space(float(lr), "damping", damping, tuple(damping * factor for factor in DAMPING_FACTORS))
     if isinstance(aux, Recipe) and "lr" in aux.values():
         default = float(aux.values()["lr"])
         return Space(float(lr), "aux.lr", default, tuple(default * factor for factor in AUX_FACTORS))
@@ -208,7 +213,8 @@ class Tuning:
         """Write the file, atomically."""
         rules = {
             "learning rates": f"documented default x {FACTORS}",
-            "knob": f"aux.lr: default x {AUX_FACTORS}; else weight_decay: four of {DECAYS}",
+            "knob": f"damping: default x {DAMPING_FACTORS}; else aux.lr: default x {AUX_FACTORS}; else weight_decay: "
+            f"four of {DECAYS}",
             "then": "two learning rates around the best pair",
             "extensions": f"at most {EXTENSIONS}: one more trial for each while any best is at an end of its grid",
             "other hyperparameters": "documented defaults",
