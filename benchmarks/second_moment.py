@@ -83,8 +83,8 @@ def page(results: list[dict[str, object]]) -> str:
         "# How a second moment follows its basis",
         "",
         "Made by `python benchmarks/second_moment.py`. SOAP keeps Adam's second moment in the coordinates of an",
-        "eigenbasis. When the basis moves on, the moment can be permuted with the sorted columns (`permute`), stay with",
-        "the column that each new one grew from (`keep`), stay with the rank of the eigenvalue (`rank`), or be mixed by",
+        "eigenbasis. When the basis moves on, the moment can be permuted with the sorted columns (`permute`), stay",
+        "with the column that each new one grew from (`keep`) or with the eigenvalue's rank (`rank`), or be mixed by",
         "the squared overlaps of the bases (`rotate`). Lower is better; differences to `permute` are paired by seed.",
     ]
     for result in results:

@@ -103,11 +103,11 @@ def page(rows: list[dict[str, Any]]) -> str:
         "# Steps and time on the deep autoencoder",
         "",
         "Made by `python benchmarks/usefulness.py`: training error per image of `ae-mnist` after equal tuning; steps",
-        "and CPU seconds (one thread) to the final error of tuned NAdamW on the same seed, medians over seeds "
+        "and CPU seconds (one thread) to the final error of tuned NAdamW on the same seed are medians over the seeds "
         + ", ".join(map(str, SEEDS))
         + ".",
         "",
-        "| method | steps | final error | 95 % interval | steps to NAdamW's error | seconds to it | ms a step | tuned |",
+        "| method | steps | final error | 95 % interval | steps to NAdamW's | seconds to it | ms a step | tuned |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

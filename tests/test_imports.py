@@ -140,7 +140,8 @@ new = {name.split(".")[0] for name in set(sys.modules) - before}  # numpy: torch
 assert not new & (set(BLOCKED) | {"numpy", "pandas"}), new
 for key in gd.list_optimizers():
     net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2))
-    opt = gd.optimizer(key, net)
+    loss = {"loss": "mse"} if gd.recipes.lookup(key).reads_layers else {}
+    opt = gd.optimizer(key, net, **loss)
     ema = gd.averaging.EMA(net, half_life=5)
 
     def closure():

@@ -1,4 +1,4 @@
-"""K-FAC by Cholesky inverses takes the steps of the factored form in the eigenbasis, and survives what Cholesky refuses."""
+"""K-FAC by Cholesky inverses takes the steps of the factored form in the eigenbasis, whatever Cholesky refuses."""
 
 from __future__ import annotations
 

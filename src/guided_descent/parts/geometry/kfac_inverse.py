@@ -20,8 +20,8 @@ from guided_descent.routing.roles import Block
 class KfacInverse(Kfac):
     """Precondition by the factored inverse: ``u <- (B + sqrt(lam) / pi I)^-1 u (A + pi sqrt(lam) I)^-1``.
 
-    The same step as ``Kfac`` with ``form`` ``pi``, at a fraction of the cost: an inverse by Cholesky is about a tenth of
-    an eigendecomposition, and a step has two products in place of four. ``lam`` and ``pi`` enter when an inverse is
+    The same step as ``Kfac`` with ``form`` ``pi``, at a fraction of the cost: an inverse by Cholesky is about a tenth
+    of an eigendecomposition, and a step has two products in place of four. ``lam`` and ``pi`` enter when an inverse is
     made, so that a new damping takes effect with the next refresh. A matrix that Cholesky refuses is inverted by its
     eigenvalues, counted as a fallback, and keeps its last inverse where that fails too. State: ``left``, ``right``,
     ``left_inverse``, ``right_inverse``, ``captures``; sides longer than ``max_dim`` are diagonal. Source: Martens and
