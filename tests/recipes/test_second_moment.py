@@ -47,11 +47,11 @@ def test_where_a_second_moment_goes(carry: str, method: str) -> None:
     state = before_and_after(carry, method)
     v, moved = state["exp_avg_sq"]
     v = 0.9 * v  # the zero gradient
-    for side, turned in (("left", lambda order: v[order]), ("right", lambda order: v[:, order])):
+    for side in ("left", "right"):
         old, new = state[f"{side}_basis"]
         order = matching(old, new)
         if carry == "permute":
-            v = turned(order)
+            v = v[order] if side == "left" else v[:, order]
         elif carry == "rotate":
             mix = (new.T @ old).square()
             v = mix @ v if side == "left" else v @ mix.T
