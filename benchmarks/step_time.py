@@ -54,6 +54,19 @@ def cpu(function: Callable[[], object], times: int) -> list[float]:
     return found
 
 
+def fed(optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> Callable[[], object]:
+    """A step that finds its gradients: some libraries clear them."""
+    gradients = [p.grad for p in params]
+
+    def step() -> object:
+        for p, g in zip(params, gradients, strict=True):
+            if p.grad is None:
+                p.grad = g
+        return optimizer.step()
+
+    return step
+
+
 def percentile(values: list[float], share: float) -> float:
     """The smallest value that is not below this share of all."""
     return sorted(values)[min(len(values) - 1, round(share * len(values)))]
@@ -83,23 +96,25 @@ def orthogonality(method: str) -> dict[str, float]:
 def run(name: str, method: Method, set_name: str, rounds: int) -> dict[str, object]:
     """Time a method on a set; medians, quartiles and the ratio to the reference."""
     shapes = SETS[set_name](method.matrices)
-    arms: list[tuple[Contestant, torch.optim.Optimizer]] = []
+    arms: list[tuple[Contestant, Callable[[], object], torch.optim.Optimizer]] = []
     first: dict[str, float] = {}
     for contestant in method.contestants:
-        optimizer = contestant.make(parameters(shapes))
-        first[contestant.name] = cpu(optimizer.step, 1)[0]
-        cpu(optimizer.step, max(2, method.block))
-        arms.append((contestant, optimizer))
-    times: dict[str, list[float]] = {contestant.name: [] for contestant, _ in arms}
-    single: dict[str, list[float]] = {contestant.name: [] for contestant, _ in arms}
+        params = parameters(shapes)
+        optimizer = contestant.make(params)
+        step = fed(optimizer, params)
+        first[contestant.name] = cpu(step, 1)[0]
+        cpu(step, max(2, method.block))
+        arms.append((contestant, step, optimizer))
+    times: dict[str, list[float]] = {contestant.name: [] for contestant, _, _ in arms}
+    single: dict[str, list[float]] = {contestant.name: [] for contestant, _, _ in arms}
     for number in range(rounds):
-        for contestant, optimizer in arms if number % 2 else reversed(arms):
-            found = cpu(optimizer.step, method.block)
+        for contestant, step, _ in arms if number % 2 else reversed(arms):
+            found = cpu(step, method.block)
             single[contestant.name] += found
             times[contestant.name].append(sum(found) / method.block)
     reference = method.contestants[0].name
     rows = []
-    for contestant, optimizer in arms:
+    for contestant, step, optimizer in arms:
         mine = times[contestant.name]
         ratios = [a / b for a, b in zip(mine, times[reference])]
         quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
@@ -113,7 +128,7 @@ def run(name: str, method: Method, set_name: str, rounds: int) -> dict[str, obje
             "tail": percentile(single[contestant.name], 0.99) / statistics.mean(single[contestant.name]),
         }
         if contestant.ours and method.matrices:
-            row |= measure(optimizer.step, method.block).row()
+            row |= measure(step, method.block).row()
         if isinstance(optimizer, gd.Optimizer):
             row["refreshes"] = sum(c.get("refreshes", 0) for c in optimizer.audit().values())
             row["skipped_refreshes"] = sum(c.get("skipped_refreshes", 0) for c in optimizer.audit().values())
