@@ -56,7 +56,8 @@ class RoutedOptimizer(Optimizer):
         foreach: False for the plain loop over tensors.
         fused: False to leave out torch's fused kernels.
         compile: Compile the parts.
-        workspace_mb: Bound of the scratch memory in MiB.
+        workspace_mb: Bound of the scratch memory in MiB; K-FAC's clip, a sum over all layers, holds every direction
+            beside it.
         seed: Seed of every random draw.
         loss: For recipes that sample labels from the model: ``cross_entropy``, ``mse`` and others of
             ``guided_descent.capture.LOSSES``, or a ``Loss``.

@@ -5,16 +5,24 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import guided_descent as gd
 from guided_descent.build import RoutedOptimizer
-from guided_descent.recipes import REGISTRY
+from guided_descent.parts.base import Parts
+from guided_descent.recipes import REGISTRY, Recipe
+from guided_descent.routing.roles import Block, Piece, Role
 
 #: Options that make slow work happen in a short test and fix its dtype, for recipes that have them.
-SMALL: dict[str, Any] = {"precondition_frequency": 3, "ns_dtype": "float32"}
+SMALL: dict[str, Any] = {
+    "precondition_frequency": 3,
+    "factor_frequency": 2,
+    "start_preconditioning_step": 3,
+    "ns_dtype": "float32",
+}
 TOKENS = 11
 
 
@@ -58,6 +66,26 @@ class Plain(nn.Module):
             for p in self.parameters():
                 p.copy_(torch.randn(p.shape, generator=made))
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.second(self.first(x)))
+
+
+class Lone(nn.Module):
+    """A matrix as the weight of a hidden layer, under a head that does not train."""
+
+    def __init__(self, name: str, p: nn.Parameter) -> None:
+        super().__init__()
+        layer = nn.Linear(p.shape[1], p.shape[0], bias=False, dtype=p.dtype)
+        layer.weight = p
+        self.add_module(name, layer)
+        self.head = nn.Linear(p.shape[0], 4, bias=False, dtype=p.dtype).requires_grad_(False)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.randn(4, p.shape[0], generator=torch.Generator().manual_seed(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, head = self.children()
+        return head(first(x))
+
 
 def options(key: str, **more: Any) -> dict[str, Any]:
     """Small options of a recipe; more ones replace them."""
@@ -67,9 +95,75 @@ def options(key: str, **more: Any) -> dict[str, Any]:
 
 def make(key: str, params: Any, **more: Any) -> RoutedOptimizer:
     """An optimizer of this recipe with small options."""
-    if REGISTRY[key].cls.reads_layers:
-        more = {"loss": "cross_entropy", "fisher": "mc"} | more
+    if reads_layers(key) and isinstance(params, nn.Module):
+        more = {"loss": "cross_entropy"} | more
     return gd.optimizer(key, params, **options(key, **more))
+
+
+def lone(key: str, name: str, p: nn.Parameter) -> Any:
+    """A named matrix as a recipe takes it: in a list, or in a model for those that read layers."""
+    return Lone(name, p) if reads_layers(key) else [(name, p)]
+
+
+def refuses_lists(key: str) -> bool:
+    """Whether it takes no list with a matrix in it, which is then proved here, for tests of what only lists can do."""
+    if not reads_layers(key):
+        return False
+    with pytest.raises(TypeError, match="pass the model itself, not its parameters"):
+        make(key, [("p", nn.Parameter(torch.ones(3, 3)))])
+    return True
+
+
+# -- kinds of recipes: what they do, and never what they are called ------------------------------------------------
+
+
+def recipe_of(key: str) -> type[Recipe]:
+    """The class of a recipe."""
+    return REGISTRY[key].cls
+
+
+def parts_of(key: str) -> Parts:
+    """The parts that it gives to a hidden matrix, at its defaults."""
+    return recipe_of(key)().parts(Block("w", (Piece("w", (6, 8)),), (6, 8), Role.MATRIX))
+
+
+def reads_layers(key: str) -> bool:
+    """Whether it reads the inputs and output gradients of layers."""
+    return recipe_of(key).reads_layers
+
+
+def has_sums(key: str) -> bool:
+    """Whether it sums over all parameters before it can step: it runs in stages and is never compiled."""
+    return any(part.has_sums for part in parts_of(key))
+
+
+def per_tensor(key: str) -> bool:
+    """Whether it is for any tensor and yet acts on each as a whole: on a stack or a fused map as on one."""
+    return not recipe_of(key).matrix and parts_of(key).unit != "element"
+
+
+def structure(key: str) -> tuple[Any, ...]:
+    """What the engine sees of a recipe: recipes that agree here take the same way through it."""
+    cls, parts = recipe_of(key), parts_of(key)
+    group = cls().values() | {"seed": 0}
+    block = Block("w", (Piece("w", (6, 8)),), (6, 8), Role.MATRIX)
+    return (
+        cls.matrix,
+        cls.reads_layers,
+        parts.unit,
+        parts.evaluations,
+        has_sums(key),
+        any(part.policy(group).period > 0 for part in parts),
+        frozenset(slot.layout for slot in parts.slots(block).values()),
+    )
+
+
+def representatives() -> set[str]:
+    """One recipe of each structure, the first in the registry."""
+    found: dict[tuple[Any, ...], str] = {}
+    for key in REGISTRY:
+        found.setdefault(structure(key), key)
+    return set(found.values())
 
 
 def has(key: str, field: str) -> bool:
@@ -80,6 +174,11 @@ def has(key: str, field: str) -> bool:
 def exact(key: str) -> dict[str, Any]:
     """Options under which two routes to one update agree to rounding in float64."""
     return {"ns_dtype": "float64"} if has(key, "ns_dtype") else {}
+
+
+def undrawn(key: str) -> dict[str, Any]:
+    """Options under which no labels are drawn, so that two routes see the same curvature."""
+    return {"fisher": "exact"} if reads_layers(key) and recipe_of(key)().values()["fisher"] == "mc" else {}
 
 
 def evaluations(opt: RoutedOptimizer) -> int:
@@ -124,6 +223,13 @@ def drive(opt: RoutedOptimizer, model: nn.Module, steps: int, first: int = 0) ->
     return losses
 
 
+def feed(opt: RoutedOptimizer, closure: Any, seed: int = 0) -> Any:
+    """One step on gradients that a closure writes; recipes that read layers are shown a forward pass before."""
+    if opt.due():
+        look(opt, seed)
+    return take(opt, closure, evaluations(opt))
+
+
 def fill(params: Any, seed: int, scale: float = 1.0) -> None:
     """Random gradients, equal for equal seeds."""
     made = torch.Generator().manual_seed(seed)
@@ -134,20 +240,36 @@ def fill(params: Any, seed: int, scale: float = 1.0) -> None:
 def push(opt: RoutedOptimizer, steps: int = 1, seed: int = 0, scale: float = 1.0) -> None:
     """Steps on random gradients that do not depend on the parameters."""
     params = [p for group in opt.param_groups for p in group["params"] if p.requires_grad]
-    passes = evaluations(opt)
-    for number in range(steps):
-        if opt.due():
-            look(opt, 7919 * seed + number)
-        take(opt, lambda number=number: fill(params, 7919 * seed + number, scale), passes)
+    for number in range(7919 * seed, 7919 * seed + steps):
+        feed(opt, lambda number=number: fill(params, number, scale), number)
 
 
 def look(opt: RoutedOptimizer, seed: int) -> None:
-    """A forward pass, for recipes that read layers."""
-    root = opt._engine.observer.capture.root
-    if isinstance(root, Net):
-        root(torch.randint(0, TOKENS, (8,), generator=torch.Generator().manual_seed(seed)))
-    else:
-        root(torch.randn(8, 3, generator=torch.Generator().manual_seed(seed)).to(next(root.parameters()).dtype))
+    """A forward pass on random inputs, and a backward pass for recipes that read the true labels."""
+    capture = opt._engine.observer.capture
+    if type(capture.root).forward is nn.Module.forward:
+        return  # a model that cannot run: nothing is captured, and every block is held
+    out = capture.root(inputs_of(capture.root, torch.Generator().manual_seed(seed)))
+    if capture.fisher == "empirical":
+        opt.zero_grad()
+        F.cross_entropy(out.float(), torch.zeros(len(out), dtype=torch.long)).backward()
+        opt.zero_grad()
+
+
+#: More than any side of the small models, so that no factor is singular: a basis of its null space is arbitrary.
+SAMPLES = 64
+
+
+def inputs_of(model: nn.Module, made: torch.Generator) -> Tensor:
+    """Random inputs of a model of these tests, by its own ``sample`` or by its first layer."""
+    dtype = next(model.parameters()).dtype
+    if hasattr(model, "sample"):
+        return model.sample(made).to(dtype)
+    first = next(module for module in model.modules() if isinstance(module, nn.Embedding | nn.Linear | nn.Conv2d))
+    if isinstance(first, nn.Embedding):
+        return torch.randint(0, first.num_embeddings, (SAMPLES,), generator=made)
+    size = (first.in_features,) if isinstance(first, nn.Linear) else (first.in_channels, 5, 5)
+    return torch.randn(SAMPLES, *size, generator=made).to(dtype)
 
 
 def snapshot(opt: RoutedOptimizer, model: nn.Module | None = None) -> dict[str, Any]:

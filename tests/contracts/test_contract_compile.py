@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from drive import Net, assert_close, evaluations, exact, make, parameters, push
+from drive import Net, Plain, assert_close, evaluations, exact, make, parameters, parts_of, push, recipe_of
 from torch._dynamo.utils import counters
 
 import guided_descent as gd
@@ -24,9 +24,10 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.thin(early=[True])
 @pytest.mark.parametrize("early", [True, False], ids=["compiled-first", "scheduled-first"])
-def test_fifty_rates_need_no_new_graph(key: str, early: bool) -> None:
-    net, other = Net(torch.float64), Net(torch.float64)
+def test_new_numbers_need_no_new_graph(key: str, early: bool) -> None:
+    net, other = Plain(torch.float64), Plain(torch.float64)
     opt, eager = make(key, net, **exact(key)), make(key, other, **exact(key))
     if early:
         opt.compile(backend="eager")
@@ -34,24 +35,7 @@ def test_fifty_rates_need_no_new_graph(key: str, early: bool) -> None:
     if not early:
         opt.compile(backend="eager")
     seen = []
-    for number in range(50):
-        push(opt, seed=number)
-        push(eager, seed=number)
-        schedule.step()
-        reference.step()
-        seen.append(graphs())
-    assert seen[3] > 0  # the first steps stay eager
-    assert seen[-1] - seen[3] <= 1
-    assert_close(parameters(net), parameters(other), 1e-6)
-    assert opt.audit() == eager.audit()
-    assert evaluations(opt) == evaluations(eager)
-
-
-def test_betas_and_decay_may_change_too(key: str) -> None:
-    net, other = Net(torch.float64), Net(torch.float64)
-    opt, eager = make(key, net, **exact(key)), make(key, other, **exact(key))
-    opt.compile(backend="eager")
-    for number in range(6):
+    for number in range(16):
         for target in (opt, eager):
             for group in target.param_groups:
                 if "betas" in group:
@@ -59,14 +43,20 @@ def test_betas_and_decay_may_change_too(key: str) -> None:
                 if group.get("weight_decay"):
                     group["weight_decay"] = 0.01 * (number + 1)
             push(target, seed=number)
-        if number == 3:
-            settled = graphs()
-    assert graphs() - settled <= 1
+        schedule.step()
+        reference.step()
+        seen.append(graphs())
+    staged = any(part.has_sums and not part.idle(opt.param_groups[0]) for part in parts_of(key))  # never compiled
+    assert (seen[9] > 0) != staged  # the first steps stay eager, and those that have just read the layers
+    assert seen[-1] - seen[9] <= 1
     assert_close(parameters(net), parameters(other), 1e-9)
+    assert opt.audit() == eager.audit()
+    assert evaluations(opt) == evaluations(eager)
 
 
+@pytest.mark.thin(key=())
 def test_a_tensor_rate_is_compiled(key: str) -> None:
-    net, other = Net(torch.float64), Net(torch.float64)
+    net, other = Plain(torch.float64), Plain(torch.float64)
     opt = make(key, net, lr=torch.tensor(0.01, dtype=torch.float64), compile=False, **exact(key))
     opt.compile(backend="eager")
     eager = make(key, other, lr=0.01, **exact(key))
@@ -78,6 +68,9 @@ def test_a_tensor_rate_is_compiled(key: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_scalars_are_written_by_graphs(key: str, dtype: torch.dtype) -> None:
     """Torch 2.13 loses writes to 0-d float64 inputs of a traced graph; this backend traces as Inductor does."""
+    if recipe_of(key).matrix:  # no matrix: it is for the auxiliary recipe, which is in the table as well
+        assert recipe_of(key)().spare().key in gd.list_optimizers()
+        return
     a, b = torch.nn.Parameter(torch.tensor(1.0, dtype=dtype)), torch.nn.Parameter(torch.tensor(1.0, dtype=dtype))
     opt, eager = make(key, [("p", a)]), make(key, [("p", b)])
     opt.compile(backend="aot_eager")

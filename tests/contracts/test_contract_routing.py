@@ -7,11 +7,27 @@ from typing import Any
 
 import pytest
 import torch
-from drive import Net, assert_close, evaluations, exact, make, parameters, push, take
+from drive import (
+    SAMPLES,
+    Net,
+    assert_close,
+    evaluations,
+    exact,
+    feed,
+    make,
+    parameters,
+    parts_of,
+    per_tensor,
+    push,
+    reads_layers,
+    recipe_of,
+    refuses_lists,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import guided_descent as gd
+from guided_descent.parts import Polar
 from guided_descent.recipes import REGISTRY
 
 
@@ -42,13 +58,19 @@ def test_a_tied_head_has_one_owner(key: str, head_first: bool) -> None:
     shared = next(line for line in lines if line.parameter in ("tok.weight", "out.weight"))
     assert {shared.parameter, *shared.aliases} == {"tok.weight", "out.weight"}
     assert shared.role in ("embedding", "head")
-    assert sorted(line.parameter for line in lines) == sorted([*MIDDLE, shared.parameter])
+    joined = {name: line for line in lines for name in line.aliases if name in MIDDLE}  # biases, in blocks of weights
+    assert sorted([*(line.parameter for line in lines), *joined]) == sorted([*MIDDLE, shared.parameter])
     assert all(line.why and line.lr > 0 and line.recipe for line in lines)
+    if recipe_of(key).joins_bias:
+        assert {name: line.parameter for name, line in joined.items()} == dict(zip(MIDDLE[1::2], MIDDLE[::2]))
+        assert all(line.view == (8, 9) for line in joined.values())
+    else:
+        assert not joined
     if REGISTRY[key].family == "spectral":
         assert shared.recipe != key
         assert {line.parameter for line in lines if line.recipe == key} == {"mid.0.weight", "mid.2.weight"}
     owned = [name for group in opt.param_groups for name in group["param_names"]]
-    assert sorted(owned) == sorted(line.parameter for line in lines)
+    assert sorted(owned) == sorted([*MIDDLE, shared.parameter])
     text = str(gd.explain(opt))
     assert all(line.parameter in text and line.why in text for line in lines)
 
@@ -71,6 +93,13 @@ class Zoo(nn.Module):
         self.frozen = nn.Parameter(torch.randn(3, 3), requires_grad=False)
         self.head = nn.Linear(5, 2)
 
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.depthwise(self.conv(x))[..., 0]
+        return self.head(self.first(self.line(x)[..., 0]))
+
+    def sample(self, made: torch.Generator) -> Tensor:
+        return torch.randn(SAMPLES, 3, 7, 7, generator=made)
+
 
 def test_every_shape_is_owned_once_and_trains(key: str) -> None:
     net = Zoo()
@@ -86,7 +115,7 @@ def test_every_shape_is_owned_once_and_trains(key: str) -> None:
     assert torch.equal(net.frozen, frozen)
     line = next(line for line in gd.explain(opt).lines if line.parameter == "frozen")
     assert (line.recipe, line.state_bytes) == ("frozen", 0)
-    if REGISTRY[key].cls.matrix:
+    if recipe_of(key).matrix:
         takes = {line.parameter for line in gd.explain(opt).lines if line.recipe == key}
         assert {"conv.weight", "line.weight", "first.weight"} <= takes
         assert not takes & {"depthwise.weight", "row", "column", "vector", "scalar", "empty", "waves", "conv.bias"}
@@ -98,6 +127,12 @@ class Experts(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.experts = nn.Parameter(weight.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x @ weight.T for weight in self.experts], 1)
+
+    def sample(self, made: torch.Generator) -> Tensor:
+        return torch.randn(SAMPLES, self.experts.shape[-1], generator=made)
 
 
 class Apart(nn.Module):
@@ -111,15 +146,18 @@ class Apart(nn.Module):
             for module, weight in zip(self.maps, weights):
                 module.weight.copy_(weight)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([module(x) for module in self.maps], 1)
+
 
 def train_both(key: str, joint: nn.Module, rules: list[Any], split: Any) -> tuple[Tensor, Tensor]:
     """Train a joint weight and its separate copies on the same gradients."""
     [p] = joint.parameters()
     apart = Apart(*split(p.detach()))
-    asked = [gd.rule("*", role="matrix")] if REGISTRY[key].cls.matrix else []
+    asked = [gd.rule("*", role="matrix")] if recipe_of(key).matrix else []
     one, two = make(key, joint, rules=rules, **exact(key)), make(key, apart, rules=asked, **exact(key))
     made = torch.Generator().manual_seed(3)
-    for _ in range(7):
+    for number in range(7):
         g = torch.randn(p.shape, generator=made, dtype=torch.float64)
 
         def whole(g: Tensor = g) -> None:
@@ -129,8 +167,8 @@ def train_both(key: str, joint: nn.Module, rules: list[Any], split: Any) -> tupl
             for module, piece in zip(apart.maps, split(g)):
                 module.weight.grad = piece.contiguous()
 
-        take(one, whole, evaluations(one))
-        take(two, parts, evaluations(two))
+        feed(one, whole, number)
+        feed(two, parts, number)
     return torch.cat([x.flatten() for x in split(p.detach())]), torch.cat(
         [module.weight.detach().flatten() for module in apart.maps]
     )
@@ -149,17 +187,25 @@ def together(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_stacked_experts_equal_separate_maps(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if per_tensor(key):
+        return  # a stack is one tensor to it
     together(key, monkeypatch)
     joint = Experts(torch.randn(3, 4, 4, dtype=torch.float64))
-    rules = [gd.rule("experts", role="expert")] if REGISTRY[key].cls.matrix else []
+    rules = [gd.rule("experts", role="expert")] if recipe_of(key).matrix else []
+    if reads_layers(key):  # a stack is the weight of no layer
+        [line] = gd.explain(make(key, joint, rules=rules)).lines
+        assert line.recipe == recipe_of(key)().spare().label
+        return
     a, b = train_both(key, joint, rules, lambda w: list(w))
     torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
 
 def test_fused_grouped_queries_equal_separate_maps(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if per_tensor(key):
+        return  # a fused map is one tensor to it
     together(key, monkeypatch)
     joint = nn.Linear(8, 4 * 4 + 2 * 4 + 2 * 4, bias=False).double()  # four query heads, two of keys and of values
-    rules = [gd.rule("weight", role="fused", split=(16, 8, 8))] if REGISTRY[key].cls.matrix else []
+    rules = [gd.rule("weight", role="fused", split=(16, 8, 8))] if recipe_of(key).matrix else []
     a, b = train_both(key, joint, rules, lambda w: list(w.split([16, 8, 8])))
     torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
@@ -169,7 +215,7 @@ def test_a_flattened_shard_is_never_silent(key: str) -> None:
     for module in net:
         if isinstance(module, nn.Linear):
             module.weight = nn.Parameter(module.weight.detach().flatten()[:20])
-    if REGISTRY[key].cls.matrix:
+    if recipe_of(key).matrix:
         with pytest.raises(ValueError, match=r"'0\.weight'.*flattened.*fully_shard"):
             make(key, net)
     else:
@@ -179,22 +225,22 @@ def test_a_flattened_shard_is_never_silent(key: str) -> None:
 def test_the_audit_counts_every_use(key: str) -> None:
     net = Net()
     opt = make(key, net)
-    push(opt, 7)
+    push(opt, 10)
     audit = opt.audit()
     own = [line.parameter for line in gd.explain(opt).lines if line.recipe == key]
-    block = next(iter(opt._engine.binder.blocks["up.weight"]))
-    names = {type(part).__name__ for part in REGISTRY[key].cls().parts(block)}
-    if "Polar" in names:
-        assert {name: audit[name]["orthogonalizations"] for name in own} == dict.fromkeys(own, 7)
+    if any(isinstance(part, Polar) for part in parts_of(key)):
+        assert {name: audit[name]["orthogonalizations"] for name in own} == dict.fromkeys(own, 10)
         assert not set(audit) - set(own)
+    if reads_layers(key):
+        assert {name: audit[name]["captures"] for name in own} == dict.fromkeys(own, 5)  # every second step
     group = next(g for g in opt.param_groups if "up.weight" in g["param_names"])
-    for part in REGISTRY[key].cls().parts(block):
+    for part in parts_of(key):
         if part.policy(group).period:
             assert part.policy(group).period == 3
             for name in own:
                 [made] = (b for b in opt._engine.binder.blocks[name] if b.key == name)
-                assert audit[name]["refreshes"] == 2 * len(part.tasks(made))  # in steps 2 to 7, every third one
-    if REGISTRY[key].cls.matrix:
+                assert audit[name]["refreshes"] == 3 * len(part.tasks(made))  # in steps 2 to 10, every third one
+    if recipe_of(key).matrix:
         assert own
         assert all(sum(audit.get(name, {}).values()) > 0 for name in own)
 
@@ -202,8 +248,15 @@ def test_the_audit_counts_every_use(key: str) -> None:
 # -- spectral methods ----------------------------------------------------------------------------------------------
 
 
-def spectral() -> list[str]:
-    return gd.list_optimizers(family="spectral")
+def spectral(*, pure: bool = False) -> list[str]:
+    """Recipes with a polar factor whose length does not depend on the gradient's; pure: nothing reshapes it."""
+    found = []
+    for key in gd.list_optimizers():
+        geometry = [part for part in parts_of(key) if part.where == "geometry"]
+        kinds = [type(part) for part in geometry]
+        if Polar in kinds and (not pure or kinds == [Polar]):
+            found.append(key)
+    return found
 
 
 def update_of(key: str, g: Tensor, **more: Any) -> Tensor:
@@ -216,7 +269,7 @@ def update_of(key: str, g: Tensor, **more: Any) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:.*without their model")
-@pytest.mark.parametrize("spectral_key", spectral())
+@pytest.mark.parametrize("spectral_key", spectral(pure=True))
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
 def test_the_exact_polar_factor_is_orthogonal(spectral_key: str, dtype: torch.dtype, tolerance: float) -> None:
     for shape in ((6, 6), (5, 9), (9, 5)):
@@ -227,7 +280,7 @@ def test_the_exact_polar_factor_is_orthogonal(spectral_key: str, dtype: torch.dt
 
 
 @pytest.mark.filterwarnings("ignore:.*without their model")
-@pytest.mark.parametrize("spectral_key", spectral())
+@pytest.mark.parametrize("spectral_key", spectral(pure=True))
 @pytest.mark.parametrize(
     ("name", "low", "high", "floor"), [("jordan", 0.68, 1.21, 3e-3), ("polar_express", 0.85, 1.15, 1e-3)]
 )
@@ -255,8 +308,10 @@ def test_the_scale_of_the_gradient_does_not_matter(spectral_key: str, factor: fl
 
 
 def test_a_bare_list_says_that_it_goes_by_shape_once(key: str) -> None:
+    if refuses_lists(key):
+        return
     params = [nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))]
-    if REGISTRY[key].cls.matrix:
+    if recipe_of(key).matrix:
         with pytest.warns(UserWarning, match="without their model") as caught:
             opt = make(key, params)
         assert len(caught) == 1

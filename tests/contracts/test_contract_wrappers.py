@@ -94,3 +94,11 @@ def test_the_class_is_a_torch_optimizer_with_a_signature(key: str) -> None:
     assert set(type(opt).recipe_class.numbers()) < set(names)  # type: ignore[union-attr]
     assert {"lr", "params"} <= set(opt.param_groups[0])
     assert key in repr(opt)
+
+
+def test_a_note_by_a_wrapped_name_is_that_of_the_module(key: str) -> None:
+    opt = make(key, Net())
+    opt.note("max_logits", {"module.mix": torch.tensor([1.0, 5.0])})
+    opt.note("max_logits", {"mix": torch.tensor([2.0, 3.0])})
+    assert opt._engine.notes["max_logits"].keys() == {"mix"}
+    assert opt._engine.notes["max_logits"]["mix"].tolist() == [2.0, 5.0]

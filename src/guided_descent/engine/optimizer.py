@@ -49,7 +49,8 @@ class Optimizer(torch.optim.Optimizer):
         recipes: The recipe of each group.
         blocks: The blocks of every parameter, by canonical name.
         add: Parts added to every recipe.
-        workspace_mb: Bound of the scratch memory in MiB; a single larger matrix may exceed it.
+        workspace_mb: Bound of the scratch memory in MiB; a single larger matrix may exceed it, and parts with global
+            sums hold all their directions at once.
         seed: Seed of every random draw.
     """
 
@@ -156,7 +157,8 @@ class Optimizer(torch.optim.Optimizer):
         """Events counted since the optimizer was built, by parameter: orthogonalizations, refreshes, fallbacks.
 
         ``refreshes`` and ``skipped_refreshes`` (nothing had drifted) count tasks, one for each side of a matrix, say;
-        ``fallbacks`` factorisations that failed at first; ``repairs`` statistics that were restarted.
+        ``captures`` steps whose passes told a layer's statistics; ``fallbacks`` factorisations that failed at first;
+        ``repairs`` statistics that were restarted or left out.
         """
         return {name: dict(counts) for name, counts in self._engine.audit.items()}
 
