@@ -25,7 +25,9 @@ def test_the_first_sets_the_flag(number):
         assert flag.received == number
 
 
-def test_a_second_interrupt_stops_at_once_and_a_second_term_does_not():
+def test_a_second_interrupt_stops_at_once_and_a_second_term_does_not(request):
+    kept = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, kept))
     with pytest.raises(KeyboardInterrupt), SignalFlag() as flag:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)

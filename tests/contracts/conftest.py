@@ -2,8 +2,8 @@
 
 Some tests turn what the engine does and a recipe does not choose (dtype, rounding, kind of scheduler, variant of a
 checkpoint) through many values. With ``@pytest.mark.thin(name=values)`` they run in full for one recipe of each
-structure (``drive.structure``: the same way through the engine) and, for the others, with these values alone (with
-``thin(key=())``: not at all); the rest is marked slow, so that ``make test-all`` runs it.
+structure (``drive.structure``: the same way through the engine) and, for the others, with these values alone; the rest
+is marked slow, so that ``make test-all`` runs it.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from drive import Net, Plain, assert_close, evaluations, exact, make, parameters, parts_of, push, recipe_of
@@ -25,10 +27,11 @@ def graphs() -> int:
 
 
 @pytest.mark.thin(early=[True])
-@pytest.mark.parametrize("early", [True, False], ids=["compiled-first", "scheduled-first"])
+@pytest.mark.parametrize("early", [True, False], ids=["compiled-first", "scheduled-first-with-a-tensor-rate"])
 def test_new_numbers_need_no_new_graph(key: str, early: bool) -> None:
     net, other = Plain(torch.float64), Plain(torch.float64)
-    opt, eager = make(key, net, **exact(key)), make(key, other, **exact(key))
+    rate: Any = 0.01 if early else torch.tensor(0.01, dtype=torch.float64)
+    opt, eager = make(key, net, lr=rate, **exact(key)), make(key, other, lr=0.01, **exact(key))
     if early:
         opt.compile(backend="eager")
     schedule, reference = scheduled(opt), scheduled(eager)
@@ -52,17 +55,6 @@ def test_new_numbers_need_no_new_graph(key: str, early: bool) -> None:
     assert_close(parameters(net), parameters(other), 1e-9)
     assert opt.audit() == eager.audit()
     assert evaluations(opt) == evaluations(eager)
-
-
-@pytest.mark.thin(key=())
-def test_a_tensor_rate_is_compiled(key: str) -> None:
-    net, other = Plain(torch.float64), Plain(torch.float64)
-    opt = make(key, net, lr=torch.tensor(0.01, dtype=torch.float64), compile=False, **exact(key))
-    opt.compile(backend="eager")
-    eager = make(key, other, lr=0.01, **exact(key))
-    push(opt, 4)
-    push(eager, 4)
-    assert_close(parameters(net), parameters(other), 1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
