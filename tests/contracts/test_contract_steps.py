@@ -24,6 +24,7 @@ from drive import (
     parameters,
     push,
     reads_layers,
+    recipe_of,
     snapshot,
     take,
     undrawn,
@@ -161,6 +162,25 @@ def test_a_late_gradient_meets_a_fresh_optimizer(key: str) -> None:
         torch.testing.assert_close(named[late], dict(other.named_parameters())[late], rtol=1e-12, atol=1e-14)
     assert int(opt.state[named[late]]["step"]) == 3
     assert int(opt.state[named["up.weight"]]["step"]) == 8
+
+
+def test_a_block_of_weight_and_bias_waits_for_both_gradients(key: str) -> None:
+    net = Net()
+    opt = make(key, net)
+    weight, bias = net.wide.weight, net.wide.bias
+    before = snapshot(opt)
+
+    def without() -> None:
+        fill(net.parameters(), 3)
+        bias.grad = None
+
+    for number in range(4):
+        feed(opt, without, number)
+    joined = recipe_of(key).joins_bias
+    assert torch.equal(bias, before["wide.bias"])
+    assert torch.equal(weight, before["wide.weight"]) == joined
+    assert [int(opt.state[p]["step"]) for p in (weight, bias)] == [0 if joined else 4, 0]
+    assert opt.audit().get("wide.weight", {}).get("incomplete", 0) == (4 if joined else 0)
 
 
 def test_a_row_that_comes_and_goes_equals_one_trained_alone(key: str) -> None:

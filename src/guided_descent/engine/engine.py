@@ -36,6 +36,7 @@ Totals = dict[Part, dict[str, Tensor]]
 LOGGED = {
     "fallbacks": "a factorisation failed and fell back to a jitter, to float64 or to the last good result",
     "repairs": "statistics were not finite and have been restarted",
+    "incomplete": "another parameter of its block has no gradient; the block is not updated",
     "uncaptured": "no statistics of its layer have been captured; it is not updated",
 }
 
@@ -161,6 +162,7 @@ class Engine:
                 return
         if self.observer is not None:
             self.observer.reduce()
+        active = self._whole(plan, gradients, active)
         work = self._schedule(plan, gradients, active)
         self._run(work)
         self.refresher.run(work)
@@ -251,6 +253,19 @@ class Engine:
                         f"{name} of {recipe.label} went from {built!r} to {now!r}: a part comes or goes with zero; "
                         "build a new optimizer"
                     )
+
+    def _whole(self, plan: Plan, gradients: Sequence[Tensor | None], active: list[int]) -> list[int]:
+        """The active parameters but for those whose block also holds one without a gradient: it waits, counted."""
+        if len(active) == len(plan.parameters):
+            return active
+        waiting: set[int] = set()
+        for bucket in plan.buckets:
+            for _, block, owners in bucket.members() if bucket.parts.layer_io else ():
+                have = [p.index for p in owners if gradients[p.index] is not None]
+                if 0 < len(have) < len(owners):
+                    self.count(block, "incomplete")
+                    waiting.update(have)
+        return [i for i in active if i not in waiting]
 
     def _schedule(self, plan: Plan, gradients: Sequence[Tensor | None], active: Sequence[int]) -> list[Work]:
         """The slices to run: whole buckets where every row is active and at one step, else rows by step."""
