@@ -3,7 +3,7 @@
     python benchmarks/second_moment.py                 # writes results/second_moment.json and docs/second-moment.md
 
 The policies are those of ``guided_descent.parts.Eigenbasis``. Every policy trains on the same seeds, batches and
-schedule with one learning rate, the tuned one of ``permute``; differences to ``permute`` are paired by seed, with 95 %
+schedule with one learning rate: on lm-source that of SOAP's tuning, which ran with ``permute``, elsewhere the default; differences to ``permute`` are paired by seed, with 95 %
 t intervals. The second setting refreshes the bases rarely, so that each change is large.
 """
 
@@ -93,6 +93,8 @@ def page(results: list[dict[str, Any]]) -> str:
         "eigenbasis. When the basis moves on, the moment can be permuted with the sorted columns (`permute`), stay",
         "with the column that each new one grew from (`keep`) or with the eigenvalue's rank (`rank`), or be mixed by",
         "the squared overlaps of the bases (`rotate`). Lower is better; differences to `permute` are paired by seed.",
+        "",
+        "The learning rate on lm-source was tuned with `permute`, which favours it there; elsewhere it is the default.",
         "",
         *_conclusion(results),
     ]
