@@ -3,7 +3,8 @@
     python benchmarks/usefulness.py                    # writes results/usefulness.json and docs/usefulness.md
 
 NAdamW trains for 600 steps; every other method for half of them, each with its own schedule to zero. Each is tuned with
-the same rule and seed at its own length, so that an extension of one grid is not matched by the others (see ``guided_descent.bench.tuning``), then compared on
+the same rule and seed at its own length, so that an extension of one grid is not matched by the others
+(see ``guided_descent.bench.tuning``), then compared on
 fresh seeds. Steps and seconds to the target are those of the first evaluation whose training error is not above the
 final one of NAdamW on the same seed; seconds are process CPU seconds of training on one thread, evaluations left out.
 """
@@ -108,9 +109,9 @@ def page(rows: list[dict[str, Any]]) -> str:
         + ".",
         "",
         "The budgets are not equal. The formal searches had 12 trials for NAdamW and Shampoo and 14 for K-FAC, whose",
-        "learning rate ended at an end of its grid. Before them K-FAC's form, intervals, clip and default damping were chosen",
-        "in about 25 short runs by hand on seed 0 of this workload, and Shampoo had one such run, NAdamW none: the table",
-        "favours K-FAC by that.",
+        "learning rate ended at an end of its grid. Before them K-FAC's form, intervals, clip and default damping were",
+        "chosen in about 25 short runs by hand on seed 0 of this workload, and Shampoo had one such run, NAdamW none: the",
+        "table favours K-FAC by that.",
         "",
         "| method | steps | final error | 95 % interval | steps to NAdamW's | seconds to it | ms a step | tuned |",
         "|---|---|---|---|---|---|---|---|",
