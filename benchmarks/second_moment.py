@@ -3,9 +3,9 @@
     python benchmarks/second_moment.py                 # writes results/second_moment.json and docs/second-moment.md
 
 The policies are those of ``guided_descent.parts.Eigenbasis``. Every policy trains on the same seeds, batches and
-schedule with one learning rate: on lm-source that of SOAP's tuning, which ran with ``permute``, elsewhere
-the default; differences to ``permute`` are paired by seed, with 95 %
-t intervals. The second setting refreshes the bases rarely, so that each change is large.
+schedule with one learning rate: on lm-source that of SOAP's tuning, which ran with ``permute``, elsewhere the
+default; differences to ``permute`` are paired by seed, with 95 % t intervals. The second setting refreshes the bases
+rarely, so that each change is large.
 """
 
 from __future__ import annotations

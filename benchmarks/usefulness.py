@@ -2,11 +2,11 @@
 
     python benchmarks/usefulness.py                    # writes results/usefulness.json and docs/usefulness.md
 
-NAdamW trains for 600 steps; every other method for half of them, each with its own schedule to zero. Each is tuned with
-the same rule and seed at its own length, so that an extension of one grid is not matched by the others
-(see ``guided_descent.bench.tuning``), then compared on
-fresh seeds. Steps and seconds to the target are those of the first evaluation whose training error is not above the
-final one of NAdamW on the same seed; seconds are process CPU seconds of training on one thread, evaluations left out.
+NAdamW trains for 600 steps; every other method for half of them, each with its own schedule to zero. Each is tuned
+with the same rule and seed at its own length, so that an extension of one grid is not matched by the others (see
+``guided_descent.bench.tuning``), then compared on fresh seeds. Steps and seconds to the target are those of the first
+evaluation whose training error is not above the final one of NAdamW on the same seed; seconds are process CPU seconds
+of training on one thread, evaluations left out.
 """
 
 from __future__ import annotations
