@@ -110,7 +110,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "",
         "The budgets are not equal. The formal searches had 12 trials for NAdamW and Shampoo and 14 for K-FAC, whose",
         "learning rate ended at an end of its grid. Before them K-FAC's form, intervals, clip and default damping were",
-        "chosen in about 25 short runs by hand on seed 0 of this workload, and Shampoo had one such run, NAdamW none: the",
+        "chosen in about 25 short runs by hand on seed 0 of this workload. Shampoo had one such run, NAdamW none: the",
         "table favours K-FAC by that.",
         "",
         "| method | steps | final error | 95 % interval | steps to NAdamW's | seconds to it | ms a step | tuned |",
