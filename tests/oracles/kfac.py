@@ -25,6 +25,7 @@ def numbers(**more: Any) -> dict[str, Any]:
         "approx": "expand",
         "fisher": "exact",
         "refresh_method": "eigh",
+        "product_dtype": "float32",
         "precondition_frequency": 10,
         "refresh_schedule": "every",
         "refresh_tolerance": 0.0,
