@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,28 @@ def test_spaces_of_registered_optimizers():
     assert hybrid.knob == "aux.lr"
     assert len({len(space_of(name).values) for name in ("adamw", "nadamw", "muon", "soap", "sgd")}) == 1
     assert plain.hyper((plain.lr, plain.default)) == {"lr": plain.lr}
+
+
+def test_a_bound_on_the_step_moves_with_the_square_of_the_rate():
+    space = space_of("kfac")
+    assert space.kl_clip == 1e-3
+    assert "kl_clip" not in space.hyper((space.lr, space.default))
+    hyper = space.hyper((4 * space.lr, space.default))
+    assert hyper["kl_clip"] == pytest.approx(16e-3)
+    assert space_of("foof").kl_clip is None
+    assert "kl_clip" not in space_of("foof").hyper((1.0, 0.3))
+
+
+def test_a_space_may_have_its_own_length_and_fixed_numbers(tmp_path):
+    both = spaces()
+    both["sgd"] = replace(both["sgd"], steps=4, fixed={"momentum": 0.5})
+    found = tune(small.REF, both, steps=8, out=tmp_path, workers=0, build=small.build)
+    runs = RunStore(tmp_path).runs()
+    lengths = {(run.config.optimizer.name, run.config.steps) for run in runs}
+    assert lengths == {("adamw", 8), ("sgd", 4)}
+    assert all(run.config.optimizer.hyper["momentum"] == 0.5 for run in runs if run.config.optimizer.name == "sgd")
+    assert Tuning.load(tmp_path / "tuning.json").spec("sgd")[0].hyper == found.optimizers["sgd"].hyper
+    assert found.optimizers["sgd"].hyper["momentum"] == 0.5
 
 
 def spaces() -> dict[str, Space]:

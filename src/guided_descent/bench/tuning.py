@@ -2,7 +2,9 @@
 
 The rule (stated in every file it writes), for every optimizer alike:
 
-1. six learning rates: the documented default times 1/4, 1/2, 1, 2, 4 and 8;
+1. six learning rates: the documented default times 1/4, 1/2, 1, 2, 4 and 8; where the recipe bounds its step by a
+   ``kl_clip``, which is quadratic in the step, that is multiplied by the factor's square, or a learning rate would
+   change nothing while the bound is active;
 2. at the best of them four values of one further knob: the damping where there is one (default times 0.1, 0.3, 3 and
    10); the learning rate of the auxiliary optimizer where the recipe is a hybrid that has one of its own (default times
    4, 8, 16 and 32); else the weight decay;
@@ -54,12 +56,18 @@ class Space:
         knob: Name of the second hyperparameter, dotted where it is the auxiliary recipe's.
         default: Its documented default.
         values: The four other values tried.
+        kl_clip: Its documented bound on the step, which moves with the square of the learning rate; ``None`` without.
+        steps: Length of its trials; 0 is the length of the tuning.
+        fixed: Hyperparameters that are set in every trial and not searched.
     """
 
     lr: float
     knob: str
     default: float
     values: tuple[float, ...]
+    kl_clip: float | None = None
+    steps: int = 0
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
     def hyper(self, point: Point) -> dict[str, Any]:
         """The hyperparameters at a point; a knob at its default is left out.
@@ -69,7 +77,9 @@ class Space:
             {'lr': 0.04, 'aux': {'lr': 0.001}}
         """
         lr, value = point
-        hyper: dict[str, Any] = {"lr": lr}
+        hyper: dict[str, Any] = {**self.fixed, "lr": lr}
+        if self.kl_clip is not None and lr != self.lr:
+            hyper["kl_clip"] = self.kl_clip * (lr / self.lr) ** 2
         if value != self.default:
             outer, dot, inner = self.knob.partition(".")
             hyper[outer] = {inner: value} if dot else value
@@ -91,7 +101,13 @@ def space_of(name: str) -> Space:
         raise BenchError(f"{name} has the default learning rate {lr}; a grid needs one above 0")
     if values.get("damping"):
         damping = float(values["damping"])
-        return Space(float(lr), "damping", damping, tuple(damping * factor for factor in DAMPING_FACTORS))
+        return Space(
+            float(lr),
+            "damping",
+            damping,
+            tuple(damping * factor for factor in DAMPING_FACTORS),
+            kl_clip=values.get("kl_clip"),
+        )
     if isinstance(aux, Recipe) and "lr" in aux.values():
         default = float(aux.values()["lr"])
         return Space(float(lr), "aux.lr", default, tuple(default * factor for factor in AUX_FACTORS))
@@ -212,7 +228,7 @@ class Tuning:
     def save(self, path: Path) -> None:
         """Write the file, atomically."""
         rules = {
-            "learning rates": f"documented default x {FACTORS}",
+            "learning rates": f"documented default x {FACTORS}, a kl_clip x the squares",
             "knob": f"damping: default x {DAMPING_FACTORS}; else aux.lr: default x {AUX_FACTORS}; else weight_decay: "
             f"four of {DECAYS}",
             "then": "two learning rates around the best pair",
@@ -229,6 +245,9 @@ class Tuning:
                     "knob": trials.space.knob,
                     "default": trials.space.default,
                     "values": trials.space.values,
+                    "kl_clip": trials.space.kl_clip,
+                    "steps": trials.space.steps,
+                    "fixed": dict(trials.space.fixed),
                 },
                 "trials": [
                     {"lr": lr, "knob": knob, "mean": trials.means()[lr, knob], "scores": dict(scores)}
@@ -262,7 +281,8 @@ class Tuning:
 
 def _read_trials(entry: Mapping[str, Any]) -> Trials:
     space = entry["space"]
-    trials = Trials(Space(space["lr"], space["knob"], space["default"], tuple(space["values"])))
+    more = {key: space[key] for key in ("kl_clip", "steps", "fixed") if key in space}
+    trials = Trials(Space(space["lr"], space["knob"], space["default"], tuple(space["values"]), **more))
     for trial in entry["trials"]:
         scores = {int(seed): math.inf if value is None else float(value) for seed, value in trial["scores"].items()}
         if not scores:
@@ -306,7 +326,7 @@ def tune(
     Args:
         problem: A workload or ``package.module:function``.
         spaces: What to search by optimizer, see ``space_of``.
-        steps: Length of every trial.
+        steps: Length of every trial whose space has none of its own.
         out: Folder of the trials; the result is saved there as ``tuning.json``.
         seeds: Seeds of every trial.
         workers: Worker processes; 0 runs in this process.
@@ -330,8 +350,9 @@ def tune(
         for name, point, seed in todo:
             hyper = spaces[name].hyper(point)
             spec = OptimizerSpec(name, hyper, f"{name} {format_hyper(hyper)}")
-            kwargs = {"seed": seed, "steps": steps, "out": str(out), "build_optimizer": build, **(options or {})}
-            jobs.append(Job(f"{spec.label}, seed {seed}", steps, train_run, (problem, spec), kwargs))
+            length = spaces[name].steps or steps
+            kwargs = {"seed": seed, "steps": length, "out": str(out), "build_optimizer": build, **(options or {})}
+            jobs.append(Job(f"{spec.label}, seed {seed}", length, train_run, (problem, spec), kwargs))
         for (name, point, seed), run in zip(todo, run_jobs(jobs, workers, display), strict=True):
             record = run.config
             result = score(run.result.final if run.result else None, record.goal)
