@@ -188,7 +188,7 @@ def test_the_pair_of_factors_follows_rotations() -> None:
     start = torch.randn(5, 4, dtype=torch.float64)
     grads = [torch.randn(5, 4, dtype=torch.float64) for _ in range(3)]
     u, v = (torch.linalg.qr(torch.randn(d, d, dtype=torch.float64)).Q for d in (5, 4))
-    h = {"betas": (0.9, 0.9), "shampoo_beta": None, "eps": 1e-8, "refresh_method": "eigh"}
+    h = {"betas": (0.9, 0.9), "shampoo_beta": None, "eps": 1e-8, "refresh_method": "eigh", "product_dtype": "float32"}
     part, ends = KLRoots(), []
     for turn in (lambda g: g, lambda g: u @ g @ v.T):
         block = Block("w", (Piece("w", (5, 4)),), (5, 4), Role.MATRIX)

@@ -168,3 +168,12 @@ def test_the_average_of_the_weights_is_another_matter() -> None:
         sums = 0.999 * sums + 0.001 * model.w.detach().double()
     with gd.averaging.evaluating(model, average):
         torch.testing.assert_close(model.w.detach().double(), sums / (1 - 0.999**10), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["eigh", "qr"])
+def test_a_factor_that_is_zero_is_no_failure(method: str) -> None:
+    start = torch.randn(5, 4, dtype=torch.float64)
+    options: dict[str, Any] = {"precondition_frequency": 2, "refresh_method": method}
+    _, _, opt = run(start, lambda t, p: torch.zeros_like(p), steps=7, **options)
+    assert opt.audit()["w"]["refreshes"] > 0
+    assert "fallbacks" not in opt.audit()["w"]

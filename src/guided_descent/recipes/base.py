@@ -76,6 +76,15 @@ def tolerance() -> Any:
     return hyper(0.0, ge=0, help="drift up to which a refresh is skipped; 0 skips none")
 
 
+def product_dtype() -> Any:
+    """The field ``product_dtype`` of a recipe that multiplies gradients by slow matrices."""
+    return static(
+        "float32",
+        of=("float32", "bfloat16"),
+        help="of the products with the slow matrices; bfloat16 rounds both factors, float64 stays",
+    )
+
+
 def lag() -> Any:
     """The field ``refresh_lag`` of a recipe with slow work."""
     return static(0, help="0, or the steps after which refreshes started on a background thread are used")

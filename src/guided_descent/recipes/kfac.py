@@ -12,7 +12,7 @@ from guided_descent.parts.geometry.kfac import CHOICES, FORMS, RULES, Kfac
 from guided_descent.parts.geometry.kfac_inverse import KfacInverse
 from guided_descent.parts.geometry.kronecker import CARRIES
 from guided_descent.recipes.adam import DECAYS, AdamW
-from guided_descent.recipes.base import Recipe, hyper, lag, recipe, schedule, static, tolerance
+from guided_descent.recipes.base import Recipe, hyper, lag, product_dtype, recipe, schedule, static, tolerance
 from guided_descent.routing.roles import Block, Role
 
 FISHERS = ("mc", "exact", "empirical", "forward")
@@ -64,6 +64,7 @@ class KFAC(Recipe):
     step: str = static("momentum", of=("momentum", "quadratic"), help="quadratic: step and momentum from the model")
     decay: str = static("decoupled", of=(*DECAYS, "coupled"), help="coupled: into the gradient, before the metric")
     max_dim: int = static(8192, help="longer sides have a diagonal factor")
+    product_dtype: str = product_dtype()
     aux: Recipe = field(default_factory=lambda: AdamW(lr=1e-3, betas=(0.9, 0.95)))
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from guided_descent.parts.geometry.splus import ShapedDecay, SignEigenbasis
 from guided_descent.parts.step import Descend
 from guided_descent.recipes.adam import DECAYS, AdamW
 from guided_descent.recipes.base import Recipe, hyper, recipe, static
-from guided_descent.recipes.shampoo import Kronecker
+from guided_descent.recipes.kronecker import Kronecker
 from guided_descent.routing.roles import Block
 
 

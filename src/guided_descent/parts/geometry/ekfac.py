@@ -10,7 +10,8 @@ from torch import Tensor
 
 from guided_descent.parts.base import Batch, Found, Hyper, Slot, State
 from guided_descent.parts.damping import add_joint
-from guided_descent.parts.geometry.kfac import Kfac, chunks, gather, over, spectrum
+from guided_descent.parts.geometry.kfac import Kfac, spectrum
+from guided_descent.parts.geometry.reading import chunks, gather, over
 from guided_descent.routing.roles import Block
 
 if TYPE_CHECKING:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from guided_descent.linalg.eigen import eigenbasis, off_diagonal
-from guided_descent.parts.base import Batch, Found, Hyper, Needs, Slot, State, Task, Unit
+from guided_descent.parts.base import Batch, Found, Hyper, Slot, State, Task
 from guided_descent.parts.damping import add_joint, cross_validated, dominant, factored, strength
 from guided_descent.parts.geometry.kronecker import SIDES, basis_results, next_basis, rotate
+from guided_descent.parts.geometry.reading import Reading, admit, estimate, gather, hold_uncaptured, over
 from guided_descent.parts.rows import Number
 from guided_descent.parts.slow import Slow
 from guided_descent.routing.roles import Block, Role
@@ -27,12 +27,10 @@ CHOICES = {"both": SIDES, "right": ("right",), "left": ("left",)}
 FORMS = ("eigenbasis", "pi")
 #: Where the damping comes from; see ``Kfac``.
 RULES = ("fixed", "lm", "gcv")
-#: Elements of per-sample gradients that are made at once.
-CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
-class Kfac(Slow):
+class Kfac(Reading, Slow):
     """Precondition by the damped Kronecker-factored Fisher: ``u <- (B (x) A + lam I)^-1 u`` (row-major).
 
     For a layer y = W a with per-term output gradients d, ``A = mean a a^T`` [n, n] is the right factor and
@@ -66,15 +64,13 @@ class Kfac(Slow):
     2311.00636; right side alone: Benzing 2022, 2201.12250.
     """
 
-    slot: ClassVar[str] = "geometry"
-    unit: ClassVar[Unit] = "matrix"
-    needs: ClassVar[Needs] = Needs(layer_io=True)
     damping: str = "damping"
     decay: str = "factor_decay"
     every: str = "factor_frequency"
     approx: str = "approx"
     fisher: str = "fisher"
     method: str = "refresh_method"
+    product: str = "product_dtype"
     sides: str = "both"
     form: str = "eigenbasis"
     rule: str = "fixed"
@@ -83,7 +79,7 @@ class Kfac(Slow):
     @property
     def keys(self) -> tuple[str, ...]:
         """Group keys it reads."""
-        return (*super().keys, self.damping, self.decay, self.every, self.approx, self.fisher, self.method)
+        return (*super().keys, self.damping, self.decay, self.method, self.product)
 
     def lengths(self, block: Block) -> dict[str, int]:
         """The preconditioned sides and their lengths."""
@@ -95,7 +91,7 @@ class Kfac(Slow):
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """Factors, bases and eigenvalues of each side, and the number of captures."""
-        slots = {"captures": Slot("factor", (), torch.int64)}
+        slots = super().slots(block)
         for side, d in self.lengths(block).items():
             if self.dense(block, side):
                 slots[side] = slots[f"{side}_basis"] = Slot("factor", (d, d))
@@ -109,10 +105,6 @@ class Kfac(Slow):
         return slots
 
     # -- statistics --------------------------------------------------------------------------------------------------
-
-    def observes(self, h: Hyper, step: int) -> bool:
-        """Every ``factor_frequency`` steps, beginning with the first."""
-        return (step - 1) % int(h[self.every]) == 0
 
     def observe(self, seen: dict[str, Tensor], io: LayerIO, s: State, block: Block, h: Hyper) -> None:
         """Add a layer's sums of a a^T and d d^T to ``<side>.inputs`` and ``<side>.gradients``, and their counts."""
@@ -135,14 +127,11 @@ class Kfac(Slow):
         seen = x.seen
         if seen is None:
             return None
-        found = {side: estimate(seen, side, h[self.fisher] == "empirical") for side in SIDES if side in s}
+        found = {side: estimate(seen, side, self.empirical(h)) for side in SIDES if side in s}
         fresh = torch.stack([has for _, has in found.values()]).all(0)
         good = torch.stack([value.flatten(1).isfinite().all(1) for value, _ in found.values()]).all(0)
-        if not bool((good | ~fresh).all()):
-            x.tick("repairs", (fresh & ~good).long().tolist())
-        fresh = fresh & good
-        x.tick("captures", fresh.long().tolist())
-        captures = s["captures"].add_(fresh)
+        fresh = admit(x, s, fresh, good)
+        captures = s["captures"]
         weight: Tensor = (1 / captures.clamp(min=1).double()).clamp(min=1 - h[self.decay]) * fresh
         for side, (value, _) in found.items():
             factor = s[side]
@@ -176,10 +165,10 @@ class Kfac(Slow):
         if hold_uncaptured(x, s):
             return
         u = x.take().whole
-        rotate(x, u, s, into=True)
+        rotate(x, u, s, into=True, dtype=h[self.product])
         divisor = self.divisor(x.spare("divisor").whole, s, h)
         u.div_(torch.where(divisor > 0, divisor, torch.inf))
-        rotate(x, u, s, into=False)
+        rotate(x, u, s, into=False, dtype=h[self.product])
         u.mul_(over(s["captures"] > 0, u))
 
     def strength(self, s: State, h: Hyper) -> Number:
@@ -281,36 +270,6 @@ class Kfac(Slow):
 # -- what the methods of this family share -----------------------------------------------------------------------------
 
 
-def gather(seen: dict[str, Tensor], name: str, value: Tensor) -> None:
-    """Add to a sum."""
-    seen[name] = seen[name] + value if name in seen else value
-
-
-def over(rows: Tensor, like: Tensor) -> Tensor:
-    """A value for each row, shaped to broadcast over ``like``."""
-    return rows.reshape(-1, *[1] * (like.ndim - 1))
-
-
-def estimate(seen: Mapping[str, Tensor], side: str, empirical: bool) -> tuple[Tensor, Tensor]:
-    """The factor of one side by block [B, ...], the sum of its sources, and which blocks have seen one [B]."""
-    value: Tensor | None = None
-    has: Tensor | None = None
-    for source in ("inputs", "gradients"):
-        name = f"{side}.{source}"
-        if name not in seen:
-            continue
-        count = seen[f"{name}.count"]
-        mean = seen[name] / over(count.clamp(min=1), seen[name]).to(seen[name].dtype)
-        if source == "gradients" and empirical:  # the loss of each of k passes was divided by k
-            mean = mean * over(seen["count"].square(), mean).to(mean.dtype)
-        value = mean if value is None else value + mean
-        has = count > 0 if has is None else has | (count > 0)
-    if value is None or has is None:
-        rows = len(seen["count"])
-        return seen["count"].new_zeros(rows, 1), seen["count"].new_zeros(rows, dtype=torch.bool)
-    return value, has
-
-
 def quotients(factor: Tensor, basis: Tensor) -> Tensor:
     """``diag(Q^T A Q)``, the eigenvalues in a basis, not below 0."""
     return (basis * (factor @ basis)).sum(-2).clamp(min=0)
@@ -320,30 +279,6 @@ def spectrum(s: State, side: str) -> Tensor | None:
     """The eigenvalues of one side by block [B, d]; ``None`` for the identity."""
     value: Tensor | None = s.get(f"{side}_values", s.get(side))
     return value
-
-
-def hold_uncaptured(x: Batch, s: State) -> bool:
-    """Hold blocks that no capture has reached; whether that is all of them. Compiled code looks at no value."""
-    if isinstance(x.step, Tensor):
-        return False
-    ready: list[bool] = (s["captures"] > 0).tolist()
-    if all(ready):
-        return False
-    x.tick("uncaptured", [int(not yes) for yes in ready])
-    if not any(ready):
-        x.hold()
-        return True
-    scales = x.wd_scale if isinstance(x.wd_scale, list) else [x.wd_scale] * sum(len(b.pieces) for b in x.blocks)
-    owners = [yes for block, yes in zip(x.blocks, ready) for _ in block.pieces]
-    x.wd_scale = [scale if yes else 0.0 for scale, yes in zip(scales, owners)]
-    return False
-
-
-def chunks(io: LayerIO, each: int) -> Iterator[LayerIO]:
-    """The samples of a layer in runs whose per-sample matrices of ``each`` elements fit the memory that is allowed."""
-    step = max(1, CHUNK // max(each, 1))
-    for i in range(0, len(io.a), step):
-        yield dataclasses.replace(io, a=io.a[i : i + step], d=None if io.d is None else io.d[i : i + step])
 
 
 def fit(value: Tensor, size: int, dims: int) -> Tensor:

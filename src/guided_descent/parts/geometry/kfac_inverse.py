@@ -11,8 +11,9 @@ from torch import Tensor
 from guided_descent.linalg.eigen import FAILED, eigenbasis
 from guided_descent.parts.base import Batch, Found, Hyper, Slot, State, Task
 from guided_descent.parts.damping import PI
-from guided_descent.parts.geometry.kfac import Kfac, hold_uncaptured, over
-from guided_descent.parts.geometry.kronecker import SIDES
+from guided_descent.parts.geometry.kfac import Kfac
+from guided_descent.parts.geometry.kronecker import SIDES, sandwich
+from guided_descent.parts.geometry.reading import hold_uncaptured, over
 from guided_descent.routing.roles import Block
 
 
@@ -60,18 +61,11 @@ class KfacInverse(Kfac):
         if hold_uncaptured(x, s):
             return
         u = x.take().whole
-        half = x.work.take("rotate", u.shape, u.dtype, u.device)
-        source, target = u, half
-        for side, left in (("left", True), ("right", False)):
-            if f"{side}_inverse" in s:
-                inverse = s[f"{side}_inverse"]
-                torch.matmul(inverse if left else source, source if left else inverse, out=target)
-                source, target = target, source
-            else:
+        for side, left in zip(SIDES, (True, False)):
+            if side in s and f"{side}_inverse" not in s:
                 divisor = s[side] + self.shifts(s, h)[side][:, None]
-                source.div_(over_side(torch.where(divisor > 0, divisor, torch.inf), left))
-        if source is not u:
-            u.copy_(source)
+                u.div_(over_side(torch.where(divisor > 0, divisor, torch.inf), left))
+        sandwich(x, u, s.get("left_inverse"), s.get("right_inverse"), h[self.product])
         u.mul_(over(s["captures"] > 0, u))
 
     def shifts(self, s: State, h: Hyper) -> dict[str, Tensor]:

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from guided_descent.parts.base import Batch, Found, Hyper, Part, Slot, State
 from guided_descent.parts.estimate import AdamMoments
-from guided_descent.parts.geometry.kronecker import Eigenbasis, average, next_basis, rotate, start_bases
+from guided_descent.parts.geometry.kronecker import (
+    SIDES,
+    Eigenbasis,
+    average,
+    next_basis,
+    rotate,
+    start_bases,
+    transposes,
+)
 from guided_descent.parts.rows import Number
 from guided_descent.routing.roles import Block
 
@@ -51,24 +59,16 @@ class KLEigenbasis(Eigenbasis):
         }
         return super().slots(block) | values
 
-    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
-        """Advance factors and eigenvalues, then run the inner part between a rotation and its inverse."""
-        g = x.take().whole
-        beta = self._memory(h)
-        if x.first:
-            begin(x, g, s, beta)
+    def gather(self, x: Batch, g: Tensor, s: State, h: Hyper) -> None:
+        """Advance factors and eigenvalues; the first factors are those of one gradient, not whitened."""
+        if not x.first:
+            whiten(x, g, s, inverse_roots(s), self.memory(h))
             return
-        whiten(x, g, s, inverse_roots(s), beta)
-        rotate(x, g, s, into=True)
-        number = x.step
-        x.step, x.first = number - 1, not isinstance(number, Tensor) and number == 2  # the first call does not count
-        self.inner.update(x, s, h, total)
-        x.step, x.first = number, False
-        rotate(x, x.own().whole, s, into=False)
-
-    def _memory(self, h: Hyper) -> Number:
-        memory: Number = h[self.betas][1] if h[self.beta] is None else h[self.beta]
-        return memory
+        m, n = g.shape[-2:]
+        for (side, a), count in zip(transposes(g), (n, m)):
+            if side in s:
+                average(s[side], a, a.mT, self.memory(h), 1 / count)
+                s[f"{side}_values"].fill_(FIRST_VALUE)
 
     def solve(self, inputs: Sequence[Tensor], h: Hyper) -> Found:
         """The next basis, every column at its place."""
@@ -117,19 +117,19 @@ class KLRoots(KLEigenbasis):
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Advance the momentum, factors and eigenvalues; precondition with what was there before."""
         u = x.take()
-        beta = self._memory(h)
         if x.first:
-            begin(x, u.whole, s, beta)
+            self.gather(x, u.whole, s, h)
+            start_bases(x, s)
+            x.hold()
             return
         s["exp_avg"].lerp_(u, 1 - h[self.betas][0])
         roots = inverse_roots(s)
-        bases = {name: value for name, value in s.items() if name.endswith("_basis")}
-        whiten(x, u.whole, s, roots, beta)
+        self.gather(x, u.whole, s, h)
         value = u.copy_(s["exp_avg"]).whole
-        rotate(x, value, bases, into=True)
+        rotate(x, value, s, into=True, dtype=h[self.product])
         if roots:
             self._divide(x, value, roots, h[self.eps] * x.eps_scale)
-        rotate(x, value, bases, into=False)
+        rotate(x, value, s, into=False, dtype=h[self.product])
 
     @staticmethod
     def _divide(x: Batch, value: Tensor, roots: Mapping[str, Tensor], eps: Number) -> None:
@@ -146,21 +146,10 @@ class KLRoots(KLEigenbasis):
         return super().flops(block) + 8.0 * block.numel
 
 
-def begin(x: Batch, g: Tensor, s: State, beta: Number) -> None:
-    """The first call: factors of one gradient and their exact bases, no update."""
-    m, n = g.shape[-2:]
-    for side, a, count in (("left", g, n), ("right", g.mT, m)):
-        if side in s:
-            average(s[side], a, a.mT, beta, 1 / count)
-            s[f"{side}_values"].fill_(FIRST_VALUE)
-    start_bases(x, s)
-    x.hold()
-
-
 def inverse_roots(s: State) -> dict[str, Tensor]:
     """``lambda^(-1/2)`` of each side, bounded; 0 where the eigenvalue is not finite."""
     found: dict[str, Tensor] = {}
-    for side in ("left", "right"):
+    for side in SIDES:
         if side in s:
             values = s[f"{side}_values"]
             bound = float(max(10, min(values.shape[-1], LARGEST_ROOT)))

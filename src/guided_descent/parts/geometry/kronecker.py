@@ -51,21 +51,18 @@ class Eigenbasis(Slow):
     betas: str = "betas"
     method: str = "refresh_method"
     carry: str = "second_moment"
+    product: str = "product_dtype"
     max_dim: int = 10_000
     one_sided: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:
         """Group keys it reads, those of the inner part included."""
-        return (*super().keys, self.beta, self.betas, self.method, self.carry, *self.inner.keys)
+        return (*super().keys, self.beta, self.betas, self.method, self.carry, self.product, *self.inner.keys)
 
     def sides(self, block: Block) -> dict[str, int]:
         """The preconditioned sides and their lengths."""
-        m, n = block.shape[-2:]
-        chosen = {side: d for side, d in zip(SIDES, (m, n)) if d <= self.max_dim}
-        if self.one_sided and len(chosen) == 2:
-            del chosen["left" if m > n else "right"]
-        return chosen
+        return sides(block, self.max_dim, self.one_sided)
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """Factors and bases of each side, and the state of the inner part."""
@@ -81,24 +78,30 @@ class Eigenbasis(Slow):
         if step > 1:
             self.inner.begin(s, h, step - 1)
 
+    def memory(self, h: Hyper) -> Number:
+        """Memory of the factors."""
+        return factor_memory(h, self.beta, self.betas)
+
+    def gather(self, x: Batch, g: Tensor, s: State, h: Hyper) -> None:
+        """Advance the factors with a gradient."""
+        for side, a in transposes(g):
+            if side in s:
+                average(s[side], a, a.mT, self.memory(h))
+
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Advance the factors, then run the inner part between a rotation and its inverse."""
         g = x.take().whole
-        beta = h[self.betas][1] if h[self.beta] is None else h[self.beta]
-        if "left" in s:
-            average(s["left"], g, g.mT, beta)
-        if "right" in s:
-            average(s["right"], g.mT, g, beta)
+        self.gather(x, g, s, h)
         if x.first:
             start_bases(x, s)
             x.hold()
             return
-        rotate(x, g, s, into=True)
+        rotate(x, g, s, into=True, dtype=h[self.product])
         number = x.step
         x.step, x.first = number - 1, not isinstance(number, Tensor) and number == 2  # the first call does not count
         self.inner.update(x, s, h, total)
         x.step, x.first = number, False
-        rotate(x, x.own().whole, s, into=False)
+        rotate(x, x.own().whole, s, into=False, dtype=h[self.product])
 
     # -- refreshes -------------------------------------------------------------------------------------------------
 
@@ -159,6 +162,26 @@ class Eigenbasis(Slow):
 # -- what the methods of this family share -----------------------------------------------------------------------------
 
 
+def sides(block: Block, max_dim: int, one_sided: bool = False) -> dict[str, int]:
+    """The sides of a block that are no longer than ``max_dim``, and their lengths; the shorter one of two alone."""
+    m, n = block.shape[-2:]
+    chosen = {side: d for side, d in zip(SIDES, (m, n)) if d <= max_dim}
+    if one_sided and len(chosen) == 2:
+        del chosen["left" if m > n else "right"]
+    return chosen
+
+
+def transposes(g: Tensor) -> tuple[tuple[str, Tensor], ...]:
+    """Each side with the matrix A whose ``A A^T`` is its statistic."""
+    return ("left", g), ("right", g.mT)
+
+
+def factor_memory(h: Hyper, beta: str, betas: str) -> Number:
+    """The memory of the factors: ``beta``, or the second of ``betas`` where that is ``None``."""
+    memory: Number = h[betas][1] if h[beta] is None else h[beta]
+    return memory
+
+
 def average(factor: Tensor, a: Tensor, b: Tensor, beta: Number, scale: float = 1.0) -> None:
     """``F <- beta F + (1 - beta) scale A B``, without a temporary where the weight is a plain number."""
     if isinstance(beta, Tensor):
@@ -168,21 +191,47 @@ def average(factor: Tensor, a: Tensor, b: Tensor, beta: Number, scale: float = 1
         flat.baddbmm_(a.flatten(0, -3), b.flatten(0, -3), beta=beta, alpha=(1 - beta) * scale)
 
 
-def rotate(x: Batch, value: Tensor, s: State, *, into: bool) -> None:
+def rotate(x: Batch, value: Tensor, s: State, *, into: bool, dtype: str = "float32") -> None:
     """``Q_L^T V Q_R`` into the bases ``left_basis``, ``right_basis``, or ``Q_L V Q_R^T`` out of them, in place."""
-    half = x.work.take("rotate", value.shape, value.dtype, value.device)
-    source = value
-    if "left_basis" in s:
-        left = s["left_basis"]
-        torch.matmul(left.mT if into else left, value, out=half)
-        source = half
-    if "right_basis" in s:
-        right = s["right_basis"]
-        target = value if source is half else half
-        torch.matmul(source, right if into else right.mT, out=target)
-        source = target
-    if source is not value:
-        value.copy_(source)
+    left, right = s.get("left_basis"), s.get("right_basis")
+    sandwich(
+        x,
+        value,
+        left.mT if into and left is not None else left,
+        right if into or right is None else right.mT,
+        dtype,
+    )
+
+
+def sandwich(x: Batch, value: Tensor, left: Tensor | None, right: Tensor | None, dtype: str = "float32") -> None:
+    """``L V R`` in place; ``None`` is the identity. ``dtype`` ``bfloat16`` rounds the factors and the product between.
+
+    In bfloat16 the sums are those of the device, at least float32 wide. Values that are wider than float32 stay so.
+    """
+    if left is None and right is None:
+        return
+    if dtype == "bfloat16" and value.dtype != torch.float64:
+        left, right = (_rounded(x, f"rotate.{side}", a) for side, a in zip(SIDES, (left, right)))
+        first, second = (x.work.take(f"rotate.{i}", value.shape, torch.bfloat16, value.device) for i in range(2))
+        first.copy_(value)
+    else:
+        first, second = value, x.work.take("rotate", value.shape, value.dtype, value.device)
+    for factor, before in ((left, True), (right, False)):
+        if factor is not None:
+            torch.matmul(factor if before else first, first if before else factor, out=second)
+            first, second = second, first
+    if first is not value:
+        value.copy_(first)
+
+
+def _rounded(x: Batch, tag: str, factor: Tensor | None) -> Tensor | None:
+    """A factor in bfloat16, laid out as it is."""
+    if factor is None:
+        return None
+    turned = factor.stride(-2) < factor.stride(-1)
+    source = factor.mT if turned else factor
+    copy = x.work.take(tag, source.shape, torch.bfloat16, source.device).copy_(source)
+    return copy.mT if turned else copy
 
 
 def start_bases(x: Batch, s: State) -> None:

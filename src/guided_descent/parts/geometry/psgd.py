@@ -16,6 +16,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from guided_descent.linalg.workspace import Workspace
 from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, Unit
@@ -74,6 +75,8 @@ class Fitted(Whiten):
     """
 
     unit: ClassVar[Unit] = "matrix"
+    #: Slots of Q and of the curvature bounds, as ``whiten`` gets them.
+    fitted: ClassVar[tuple[str, ...]] = ()
     probability: str = "update_probability"
     always: str = "update_always"
     seed: str = "seed"
@@ -82,6 +85,98 @@ class Fitted(Whiten):
     def keys(self) -> tuple[str, ...]:
         """Group keys it reads."""
         return (*super().keys, self.probability, self.always, self.seed)
+
+    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """Advance the momentum, fit Q where this step does, whiten."""
+        u = x.take()
+        m = s["momentum_buffer"].lerp_(u, 1 - warm(h[self.momentum], x.step))
+        now = Fit(
+            keys=tuple(block.key for block in x.blocks),
+            first=x.first,
+            step=x.step,
+            base=h[self.rate],
+            least=h[self.probability],
+            always=h[self.always],
+            init=h[self.init],
+            clip=h[self.clip],
+            seed=h[self.seed],
+            work=x.work,
+            ticks=x.ticks,
+        )
+        opaque(self, u.whole, x.spare("whiten").copy_(m).whole, tuple(s[name] for name in self.fitted), now)
+        self.shorten(x, h)
+
+    def whiten(self, g: Tensor, m: Tensor, q: Sequence[Tensor], now: Fit) -> None:
+        """Fit Q to ``g`` or ``m``, [B, ...], and write ``P m`` over g; m is overwritten."""
+        raise TypeError(f"{type(self).__name__} does not define whiten")
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """One step of one stack of blocks: its numbers, which may be tensors in compiled mode, its draws and its scratch.
+
+    Attributes:
+        keys: Names of the blocks.
+        first: Whether Q is still to be set.
+        step: Number of the step, from 1.
+        base: Rate of the fit, before its decay.
+        least: Probability of a fit in late steps.
+        always: First steps, all of which fit.
+        init: First Q as a multiple of the identity, or ``None``.
+        clip: Largest RMS of the direction, or ``None``.
+        seed: Seed of the draws.
+        work: Scratch memory.
+        ticks: Counters of the step.
+    """
+
+    keys: tuple[str, ...]
+    first: bool
+    step: Number
+    base: Number
+    least: Number
+    always: int
+    init: Number | None
+    clip: Number | None
+    seed: int
+    work: Workspace
+    ticks: dict[str, int | Sequence[int]]
+
+    @property
+    def mu(self) -> Number:
+        """Rate of the fit at this step."""
+        return rate(float(self.base), int(self.step))
+
+    def due(self) -> bool:
+        """Whether this step fits Q, which is counted."""
+        due = self.coin("fit") < probability(int(self.step), float(self.least), self.always)
+        if due:
+            self.ticks["fits"] = 1
+        return due
+
+    def coin(self, salt: str) -> float:
+        """A number in [0, 1), the same for all blocks of the step."""
+        return coin(self.seed, int(self.step), salt)
+
+    def normals(self, like: Tensor, salt: str) -> Tensor:
+        """Standard normals shaped like a stack [B, ...]."""
+        return normals(like, self.keys, self.seed, int(self.step), salt, self.work)
+
+    def perturbed(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """``g + (1e-9 + eps |g|) N`` and the standard normal N, both shaped like g, the rows of all blocks."""
+        noise = self.normals(g.view(len(self.keys), -1), "psgd").view(g.shape)
+        return perturb(self.spare("y", g), g, noise), noise
+
+    def spare(self, tag: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Scratch shaped like a tensor, contents undefined."""
+        return self.work.take(f"psgd.{tag}", like.shape, dtype or like.dtype, like.device)
+
+
+@_disable_dynamo
+@torch.no_grad()
+def opaque(part: Fitted, g: Tensor, m: Tensor, q: Sequence[Tensor], now: Fit) -> None:
+    """``part.whiten`` where there are elements; a graph does not look inside."""
+    if g.numel():
+        part.whiten(g, m, q, now)
 
 
 @dataclass(frozen=True)
@@ -215,9 +310,9 @@ def perturb(out: Tensor, g: Tensor, noise: Tensor) -> Tensor:
     return torch.abs(g, out=out).mul_(torch.finfo(g.dtype).eps).add_(NOISE).mul_(noise).add_(g)
 
 
-def clip_rms_(u: Tensor, scale: Tensor, clip: float | None) -> Tensor:
+def clip_rms_(u: Tensor, scale: Tensor, clip: Number | None) -> Tensor:
     """``u <- c u`` with ``c`` the scale or, where less, what makes the RMS of a row ``clip``; in place."""
     if clip is not None:
         rms = torch.linalg.vector_norm(u.flatten(1), dim=1) / u[0].numel() ** 0.5
-        scale = torch.minimum(scale, (clip / rms.clamp_min(TINY)).view(scale.shape))
+        scale = torch.minimum(scale, (float(clip) / rms.clamp_min(TINY)).view(scale.shape))
     return u.mul_(scale)

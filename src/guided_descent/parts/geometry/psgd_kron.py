@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
-from guided_descent.linalg.workspace import Workspace
-from guided_descent.parts.base import Batch, Hyper, Slot, State
-from guided_descent.parts.geometry.psgd import (
-    BALANCE,
-    HUGE,
-    TINY,
-    Fitted,
-    clip_rms_,
-    coin,
-    normals,
-    peak,
-    perturb,
-    probability,
-    rate,
-    start,
-    track,
-    warm,
-)
-from guided_descent.parts.rows import Number
+from guided_descent.parts.base import Slot
+from guided_descent.parts.geometry.psgd import BALANCE, HUGE, TINY, Fit, Fitted, clip_rms_, peak, start, track
 from guided_descent.routing.roles import Block
 
 #: Ways to fit the factors; see ``KronWhiten``.
@@ -56,6 +39,7 @@ class KronWhiten(Fitted):
     are at least float32, or bfloat16 where ``half`` (``pro`` alone). Source: Li 2015, 1512.04202; 2402.11858.
     """
 
+    fitted: ClassVar[tuple[str, ...]] = (*SIDES, "lipschitz")
     fit: str = "pro"
     max_size: int = 8192
     max_skew: float = 1.0
@@ -75,28 +59,25 @@ class KronWhiten(Fitted):
             slots[side] = Slot("factor", (*lead, d, d) if dense else (*lead, d), dtype)
         return slots
 
-    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
-        """Advance the momentum, fit the factors where this step does, whiten."""
-        u = x.take()
-        m = s["momentum_buffer"].lerp_(u, 1 - warm(h[self.momentum], x.step))
-        whiten_matrices(
-            u.whole,
-            x.spare("whiten").copy_(m).whole,
-            (s["left"], s["right"]),
-            s["lipschitz"],
-            keys=tuple(block.key for block in x.blocks),
-            first=x.first,
-            fit=self.fit,
-            source=self.source,
-            numbers=(x.step, h[self.rate], h[self.probability]),
-            always=h[self.always],
-            init=h[self.init],
-            clip=h[self.clip],
-            seed=h[self.seed],
-            work=x.work,
-            ticks=x.ticks,
-        )
-        self.shorten(x, h)
+    def whiten(self, g: Tensor, m: Tensor, q: Sequence[Tensor], now: Fit) -> None:
+        """Fit the factors to ``g`` or ``m``, [B, ..., rows, columns], and write ``P_L m P_R`` over g."""
+        u, m, bounds = g.view(-1, *g.shape[-2:]), m.view(-1, *g.shape[-2:]), q[2].view(-1, 2)
+        target = m if self.source == "momentum" else u
+        kept = [a.view(-1, *a.shape[(-2 if a.ndim == g.ndim else -1) :]) for a in q[:2]]
+        pair = [_wide(a, u.dtype, side, now) for a, side in zip(kept, SIDES)]
+        if now.first:
+            _begin(pair, start(target.flatten(1), now.init).sqrt())
+        due = now.due()
+        if due:
+            if now.coin("balance") < BALANCE:
+                _balance(pair)
+            (_fit_pro if self.fit == "pro" else _fit_triangular)(pair, *now.perturbed(target), bounds, now)
+        if now.first or due:
+            for a, wide in zip(kept, pair):
+                if wide is not a:
+                    a.copy_(wide)
+        top = peak(m)
+        clip_rms_(_apply(pair, m.div_(top), u, now), top, now.clip)
 
     def flops(self, block: Block) -> float:
         """Of a step that fits: two applications of P, the Gram products and the products of the factors."""
@@ -111,79 +92,33 @@ class KronWhiten(Fitted):
         return 4 * block.batch * (4 * m * n + 3 * squares)
 
 
-@_disable_dynamo
-@torch.no_grad()
-def whiten_matrices(
-    g: Tensor,
-    m: Tensor,
-    factors: tuple[Tensor, Tensor],
-    bounds: Tensor,
-    *,
-    keys: Sequence[str],
-    first: bool,
-    fit: str,
-    source: str,
-    numbers: tuple[Number, Number, Number],
-    always: int,
-    init: Number | None,
-    clip: Number | None,
-    seed: int,
-    work: Workspace,
-    ticks: dict[str, int | Sequence[int]],
-) -> None:
-    """Fit the factors to ``g`` or ``m``, [B, ..., rows, columns], and write ``P_L m P_R`` over g; opaque to graphs."""
-    if g.numel() == 0:
-        return
-    step, base, least = int(numbers[0]), float(numbers[1]), float(numbers[2])
-    u, m, bounds = g.view(-1, *g.shape[-2:]), m.view(-1, *g.shape[-2:]), bounds.view(-1, 2)
-    target = m if source == "momentum" else u
-    kept = [q.view(-1, *q.shape[(-2 if q.ndim == g.ndim else -1) :]) for q in factors]
-    pair = [_wide(q, u.dtype, f"psgd.{side}", work) for q, side in zip(kept, SIDES)]
-    if first:
-        _begin(pair, start(target.flatten(1), init).sqrt())
-    fits = coin(seed, step, "fit") < probability(step, least, always)
-    if fits:
-        ticks["fits"] = 1
-        if coin(seed, step, "balance") < BALANCE:
-            _balance(pair)
-        noise = normals(g, keys, seed, step, "psgd", work).view(u.shape)
-        y = perturb(work.take("psgd.y", u.shape, u.dtype, u.device), target, noise)
-        (_fit_pro if fit == "pro" else _fit_triangular)(pair, y, noise, bounds, rate(base, step), work)
-    if first or fits:
-        for q, wide in zip(kept, pair):
-            if wide is not q:
-                q.copy_(wide)
-    top = peak(m)
-    clip_rms_(_apply(pair, m.div_(top), u, work), top, None if clip is None else float(clip))
-
-
-def _fit_pro(pair: list[Tensor], y: Tensor, noise: Tensor, bounds: Tensor, mu: Number, work: Workspace) -> None:
+def _fit_pro(pair: list[Tensor], y: Tensor, noise: Tensor, bounds: Tensor, now: Fit) -> None:
     """One step of Q0.5EQ1.5 on both factors, to y; ``noise`` is overwritten."""
     top = peak(y)
-    w = _apply(pair, y.div_(top), noise, work)
+    w = _apply(pair, y.div_(top), noise, now)
     w.mul_(torch.minimum(top, HUGE / peak(w)))
     for i, q in enumerate(pair):
         side, c = (w, w.shape[2]) if i == 0 else (w.mT, w.shape[1])
         if q.ndim == 2:
             t = torch.linalg.vector_norm(side, dim=2).square_()
             bound = track(bounds[:, i], t.amax(1) + c)
-            q.mul_(1 - (mu / bound)[:, None] * (t - c))
+            q.mul_(1 - (now.mu / bound)[:, None] * (t - c))
             continue
-        t, step = (work.take(f"psgd.{k}", q.shape, q.dtype, q.device) for k in (0, 1))
+        t, step = (now.spare(k, q) for k in "01")
         torch.bmm(side, side.mT, out=t)
         bound = track(bounds[:, i], spectral_norm(t) + c)
-        each = (mu / bound)[:, None, None]
+        each = (now.mu / bound)[:, None, None]
         torch.bmm(t, q, out=step)
         q.mul_(1 + each * c).sub_(step.mul_(each))
-        _turn(q, work)
+        _turn(q, now)
 
 
-def _turn(q: Tensor, work: Workspace) -> None:
+def _turn(q: Tensor, now: Fit) -> None:
     """One Procrustes step: ``Q <- Q + a (R Q + a R R Q / 2)``, ``R = (Qᵀ - Q) / ||Qᵀ - Q||``, to larger trace.
 
     ``a = min(-tr(R Q) / tr(R R Q), 1/8)`` where the second trace is negative, else 1/8.
     """
-    r, first, second = (work.take(f"psgd.{k}", q.shape, q.dtype, q.device) for k in (0, 1, 2))
+    r, first, second = (now.spare(k, q) for k in "012")
     torch.sub(q.mT, q, out=r)
     r.div_(spectral_norm(r).clamp_min_(TINY)[:, None, None])
     torch.bmm(r, q, out=first)
@@ -193,9 +128,9 @@ def _turn(q: Tensor, work: Workspace) -> None:
     q.add_(first.add_(second.mul_(a / 2)).mul_(a))
 
 
-def _fit_triangular(pair: list[Tensor], y: Tensor, noise: Tensor, bounds: Tensor, mu: Number, work: Workspace) -> None:
+def _fit_triangular(pair: list[Tensor], y: Tensor, noise: Tensor, bounds: Tensor, now: Fit) -> None:
     """One step of EQ on both factors, to y; y and ``noise`` are overwritten."""
-    half = work.take("psgd.half", y.shape, y.dtype, y.device)
+    half = now.spare("half", y)
     left, right = pair
     top = peak(y)
     _left(left, y.div_(top), half)
@@ -215,28 +150,28 @@ def _fit_triangular(pair: list[Tensor], y: Tensor, noise: Tensor, bounds: Tensor
         if q.ndim == 2:
             t1, t2 = (torch.linalg.vector_norm(side, dim=2).square_() for side in (one, two))
             bound = track(bounds[:, i], (t1 + t2).amax(1))
-            q.mul_(1 - (mu / bound)[:, None] * (t1 - t2))
+            q.mul_(1 - (now.mu / bound)[:, None] * (t1 - t2))
             continue
-        t1, t2, both = (work.take(f"psgd.{k}", q.shape, q.dtype, q.device) for k in (0, 1, 2))
+        t1, t2, both = (now.spare(k, q) for k in "012")
         torch.bmm(one, one.mT, out=t1)
         torch.bmm(two, two.mT, out=t2)
         bound = track(bounds[:, i], spectral_norm(torch.add(t1, t2, out=both)))
         torch.bmm(t1.sub_(t2).triu_(), q, out=both)
-        q.sub_(both.mul_((mu / bound)[:, None, None]))
+        q.sub_(both.mul_((now.mu / bound)[:, None, None]))
 
 
-def _apply(pair: list[Tensor], value: Tensor, out: Tensor, work: Workspace) -> Tensor:
+def _apply(pair: list[Tensor], value: Tensor, out: Tensor, now: Fit) -> Tensor:
     """``P_L X P_R`` into ``out``, which must not be ``value``."""
-    half = work.take("psgd.half", value.shape, value.dtype, value.device)
-    _left(_square(pair[0], work), value, half)
-    return _right(half, _square(pair[1], work), out)
+    half = now.spare("half", value)
+    _left(_square(pair[0], now), value, half)
+    return _right(half, _square(pair[1], now), out)
 
 
-def _square(q: Tensor, work: Workspace) -> Tensor:
+def _square(q: Tensor, now: Fit) -> Tensor:
     """``QᵀQ``, symmetric; valid until the next call where it is dense."""
     if q.ndim == 2:
         return q.square()
-    p = work.take("psgd.0", q.shape, q.dtype, q.device)
+    p = now.spare("0", q)
     torch.bmm(q.mT, q, out=p)
     return p
 
@@ -272,9 +207,9 @@ def _trace(a: Tensor) -> Tensor:
     return a.diagonal(dim1=1, dim2=2).sum(1)
 
 
-def _wide(q: Tensor, dtype: torch.dtype, tag: str, work: Workspace) -> Tensor:
+def _wide(q: Tensor, dtype: torch.dtype, side: str, now: Fit) -> Tensor:
     """A factor in the dtype of the arithmetic, as it is or copied."""
-    return q if q.dtype == dtype else work.take(tag, q.shape, dtype, q.device).copy_(q)
+    return q if q.dtype == dtype else now.spare(side, q, dtype).copy_(q)
 
 
 def spectral_norm(a: Tensor) -> Tensor:

@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
-from guided_descent.linalg.workspace import Workspace
-from guided_descent.parts.base import Batch, Hyper, Slot, State
-from guided_descent.parts.geometry.psgd import (
-    BALANCE,
-    HUGE,
-    TINY,
-    Fitted,
-    clip_rms_,
-    coin,
-    normals,
-    peak,
-    perturb,
-    probability,
-    rate,
-    start,
-    track,
-    warm,
-)
-from guided_descent.parts.rows import Number
+from guided_descent.parts.base import Slot
+from guided_descent.parts.geometry.psgd import BALANCE, HUGE, TINY, Fit, Fitted, clip_rms_, peak, start, track
 from guided_descent.routing.roles import Block
 
 
@@ -49,6 +32,7 @@ class LowRankWhiten(Fitted):
     2402.11858.
     """
 
+    fitted: ClassVar[tuple[str, ...]] = ("u", "v", "d", "lipschitz")
     rank: int = 10
 
     def slots(self, block: Block) -> dict[str, Slot]:
@@ -62,26 +46,25 @@ class LowRankWhiten(Fitted):
             "lipschitz": Slot("factor", (3,)),
         }
 
-    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
-        """Advance the momentum, fit Q where this step does, whiten."""
-        u = x.take()
-        m = s["momentum_buffer"].lerp_(u, 1 - warm(h[self.momentum], x.step))
-        whiten_vectors(
-            u.whole,
-            x.spare("whiten").copy_(m).whole,
-            (s["u"], s["v"], s["d"], s["lipschitz"]),
-            keys=tuple(block.key for block in x.blocks),
-            first=x.first,
-            source=self.source,
-            numbers=(x.step, h[self.rate], h[self.probability]),
-            always=h[self.always],
-            init=h[self.init],
-            clip=h[self.clip],
-            seed=h[self.seed],
-            work=x.work,
-            ticks=x.ticks,
-        )
-        self.shorten(x, h)
+    def whiten(self, g: Tensor, m: Tensor, q: Sequence[Tensor], now: Fit) -> None:
+        """Fit Q to ``g`` or ``m``, [B, ...], and write ``Qᵀ Q m`` over g."""
+        out, m = g.view(len(g), -1), m.view(len(g), -1)
+        target = m if self.source == "momentum" else out
+        u, v, d, bounds = q
+        if now.first:
+            d.copy_(start(target, now.init)[:, None])
+            for factor, name in ((u, "u"), (v, "v")):
+                factor.copy_(now.normals(factor, f"psgd/{name}"))
+                factor.mul_(0.1**0.5 / torch.linalg.vector_norm(factor, dim=(1, 2), keepdim=True))
+        if now.due():
+            if now.coin("balance") < BALANCE:
+                _balance(u, v)
+            _fit(u, v, d, bounds, *now.perturbed(target), now)
+        top = peak(m)
+        m.div_(top).mul_(d)
+        low_rank_(m, u, v)
+        low_rank_(m, v, u)
+        clip_rms_(torch.mul(m, d, out=out), top, now.clip)
 
     def flops(self, block: Block) -> float:
         """Of a step that fits: 18 products with U or V and one with both, ``36 r + 2 r^2`` per element."""
@@ -91,53 +74,6 @@ class LowRankWhiten(Fitted):
     def scratch(self, block: Block) -> int:
         """Six vectors and one product of low rank, in float32."""
         return 4 * (6 + min(self.rank, block.numel)) * block.numel
-
-
-@_disable_dynamo
-@torch.no_grad()
-def whiten_vectors(
-    g: Tensor,
-    m: Tensor,
-    factors: tuple[Tensor, Tensor, Tensor, Tensor],
-    *,
-    keys: Sequence[str],
-    first: bool,
-    source: str,
-    numbers: tuple[Number, Number, Number],
-    always: int,
-    init: Number | None,
-    clip: Number | None,
-    seed: int,
-    work: Workspace,
-    ticks: dict[str, int | Sequence[int]],
-) -> None:
-    """Fit Q to ``g`` or ``m``, [B, ...], and write ``Qᵀ Q m`` over g; opaque to graphs."""
-    if g.numel() == 0:
-        return
-    step, base, least = int(numbers[0]), float(numbers[1]), float(numbers[2])
-    out, m = g.view(len(g), -1), m.view(len(g), -1)
-    target = m if source == "momentum" else out
-    u, v, d, bounds = factors
-    if first:
-        d.copy_(start(target, init)[:, None])
-        for name, factor in (("u", u), ("v", v)):
-            factor.copy_(normals(factor, keys, seed, step, f"psgd/{name}", work))
-            factor.mul_(0.1**0.5 / torch.linalg.vector_norm(factor, dim=(1, 2), keepdim=True))
-    if coin(seed, step, "fit") < probability(step, least, always):
-        ticks["fits"] = 1
-        if coin(seed, step, "balance") < BALANCE:
-            share = torch.linalg.vector_norm(v, dim=(1, 2), keepdim=True).clamp_min_(TINY)
-            share = (share / torch.linalg.vector_norm(u, dim=(1, 2), keepdim=True).clamp_min_(TINY)).sqrt_()
-            u.mul_(share)
-            v.div_(share)
-        noise = normals(out, keys, seed, step, "psgd", work)
-        h = perturb(work.take("psgd.h", out.shape, out.dtype, out.device), target, noise)
-        _fit(u, v, d, bounds, h, noise, rate(base, step), coin(seed, step, "side") < 0.5, work)
-    top = peak(m)
-    m.div_(top).mul_(d)
-    low_rank_(m, u, v)
-    low_rank_(m, v, u)
-    clip_rms_(torch.mul(m, d, out=out), top, None if clip is None else float(clip))
 
 
 def low_rank_(x: Tensor, u: Tensor, v: Tensor) -> Tensor:
@@ -155,11 +91,18 @@ def mix(c: Tensor, u: Tensor) -> Tensor:
     return torch.bmm(c[:, None, :], u)[:, 0]
 
 
-def _fit(
-    u: Tensor, v: Tensor, d: Tensor, bounds: Tensor, h: Tensor, z: Tensor, mu: Number, left: bool, work: Workspace
-) -> None:
-    """One step on d and on U (``left``) or V, to the pair (z, h); z is kept and h overwritten."""
-    a, p, b, w = (work.take(f"psgd.{name}", h.shape, h.dtype, h.device) for name in "apbw")
+def _balance(u: Tensor, v: Tensor) -> None:
+    """Scale U and V to one Frobenius norm."""
+    share = torch.linalg.vector_norm(v, dim=(1, 2), keepdim=True).clamp_min_(TINY)
+    share = (share / torch.linalg.vector_norm(u, dim=(1, 2), keepdim=True).clamp_min_(TINY)).sqrt_()
+    u.mul_(share)
+    v.div_(share)
+
+
+def _fit(u: Tensor, v: Tensor, d: Tensor, bounds: Tensor, h: Tensor, z: Tensor, now: Fit) -> None:
+    """One step on d and, with even chances, on U or V, to the pair (z, h); z is kept and h overwritten."""
+    a, p, b, w = (now.spare(name, h) for name in "apbw")
+    mu, left = now.mu, now.coin("side") < 0.5
     top = peak(h)
     h.div_(top)
     low_rank_(torch.mul(h, d, out=a), u, v)  # Q h

@@ -13,9 +13,20 @@ from guided_descent.linalg.eigen import FAILED, eigenbasis
 from guided_descent.linalg.norms import power_iteration
 from guided_descent.linalg.roots import inverse_root
 from guided_descent.parts.base import Batch, Found, Hyper, Part, Slot, State, Task, Unit
-from guided_descent.parts.geometry.kronecker import SIDES, Eigenbasis, average, repair, rotate, start_bases
+from guided_descent.parts.geometry.kronecker import (
+    SIDES,
+    Eigenbasis,
+    average,
+    factor_memory,
+    repair,
+    rotate,
+    sandwich,
+    sides,
+    start_bases,
+    transposes,
+)
 from guided_descent.parts.graft import Graft, match_norms
-from guided_descent.parts.rows import Number, Rows
+from guided_descent.parts.rows import Rows
 from guided_descent.parts.slow import Slow
 from guided_descent.routing.roles import Block
 
@@ -59,12 +70,13 @@ class KroneckerRoots(Slow):
     betas: str = "betas"
     eps: str = "eps"
     start: str = "start_preconditioning_step"
+    product: str = "product_dtype"
 
     @property
     def keys(self) -> tuple[str, ...]:
         """Group keys it reads, those of the graft included."""
         graft = (self.start, *self.graft.keys) if self.graft else ()
-        return (*super().keys, self.beta, self.betas, self.eps, *graft)
+        return (*super().keys, self.beta, self.betas, self.eps, self.product, *graft)
 
     def sides(self, block: Block) -> dict[str, int]:
         """The preconditioned sides and their lengths."""
@@ -90,15 +102,15 @@ class KroneckerRoots(Slow):
             self.graft.watch(u, s, h)
         m.lerp_(u, 1 - beta1)
         if self.graft is None:
-            self._precondition(x, u.copy_(m), s)
+            self._precondition(x, u.copy_(m), s, h)
         else:
             self._grafted(x, u, self.graft.direction(x, m, s, h), s, h)
         x.scale(1 / (1 - beta1**x.step))
 
     def _gather(self, x: Batch, g: Tensor, s: State, h: Hyper) -> None:
-        beta: Number = h[self.betas][1] if h[self.beta] is None else h[self.beta]
+        beta = factor_memory(h, self.beta, self.betas)
         memory = 1 - (1 - beta) / (1 - beta**x.step)
-        for side, a in (("left", g), ("right", g.mT)):
+        for side, a in transposes(g):
             if side not in s:
                 continue
             if self.cumulative:
@@ -125,22 +137,14 @@ class KroneckerRoots(Slow):
         if not isinstance(step, Tensor) and step < start:
             u.copy_(other)
             return
-        self._precondition(x, u.copy_(s["exp_avg"]), s)
+        self._precondition(x, u.copy_(s["exp_avg"]), s, h)
         match_norms(u.whole, other.whole)
         if isinstance(step, Tensor):  # compiled: no look at the step
             u.whole.copy_(torch.where(step < start, other.whole, u.whole))
 
-    def _precondition(self, x: Batch, u: Rows, s: State) -> None:
+    def _precondition(self, x: Batch, u: Rows, s: State, h: Hyper) -> None:
         """``L^(-1/p) u R^(-1/p)``, in place."""
-        value = u.whole
-        half = x.work.take("half", value.shape, value.dtype, value.device)
-        if "left" in s and "right" in s:
-            torch.matmul(s["left_root"], value, out=half)
-            torch.matmul(half, s["right_root"], out=value)
-        elif "left" in s:
-            value.copy_(torch.matmul(s["left_root"], value, out=half))
-        elif "right" in s:
-            value.copy_(torch.matmul(value, s["right_root"], out=half))
+        sandwich(x, u.whole, s.get("left_root"), s.get("right_root"), h[self.product])
 
     # -- refreshes -------------------------------------------------------------------------------------------------
 
@@ -271,23 +275,20 @@ class CorrectedEigenbasis(Eigenbasis):
         """Advance factors and both moments, each in its own space, and divide in the eigenbases."""
         u = x.take()
         (beta1, beta2), m = h[self.betas], s["exp_avg"]
-        beta = beta2 if h[self.beta] is None else h[self.beta]
-        for side, a in (("left", u.whole), ("right", u.whole.mT)):
-            if side in s:
-                average(s[side], a, a.mT, beta)
+        self.gather(x, u.whole, s, h)
         if x.first:
             start_bases(x, s)
             x.hold()
             return
         count = x.step - 1  # the first call does not count
         m.lerp_(u, 1 - beta1)
-        rotate(x, u.whole, s, into=True)
+        rotate(x, u.whole, s, into=True, dtype=h[self.product])
         self.inner.update(x, s, h, total)
         denominator = x.spare("denominator").copy_(s["exp_avg_sq"]).sqrt_()
         denominator.div_((1 - beta2**count) ** 0.5).add_(h[self.eps] * x.eps_scale)
-        rotate(x, u.copy_(m).whole, s, into=True)
+        rotate(x, u.copy_(m).whole, s, into=True, dtype=h[self.product])
         u.div_(denominator)
-        rotate(x, u.whole, s, into=False)
+        rotate(x, u.whole, s, into=False, dtype=h[self.product])
         x.scale(1 / (1 - beta1**count))
 
     def flops(self, block: Block) -> float:
@@ -299,15 +300,6 @@ class CorrectedEigenbasis(Eigenbasis):
 
 
 # -- what the classes share --------------------------------------------------------------------------------------------
-
-
-def sides(block: Block, max_dim: int, one_sided: bool = False) -> dict[str, int]:
-    """The sides of a block that are no longer than ``max_dim``, and their lengths; the shorter one of two alone."""
-    m, n = block.shape[-2:]
-    chosen = {side: d for side, d in zip(SIDES, (m, n)) if d <= max_dim}
-    if one_sided and len(chosen) == 2:
-        del chosen["left" if m > n else "right"]
-    return chosen
 
 
 def trace(factor: Tensor) -> Tensor:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from guided_descent.parts.base import Batch, Hyper, Needs, Part, Slot, State, Unit
-from guided_descent.parts.geometry.kfac import gather, hold_uncaptured, over
+from guided_descent.parts.base import Batch, Hyper, Slot, State
 from guided_descent.parts.geometry.kronecker import SIDES
+from guided_descent.parts.geometry.reading import Reading, admit, gather, hold_uncaptured, over
 from guided_descent.routing.roles import Block
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def _places(kind: str, d: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class InverseFree(Part):
+class InverseFree(Reading):
     """``u <- C C^T u K K^T`` with ``C C^T (x) K K^T ~ (B (x) A + lam I)^-1``, found without inverses or eigenvectors.
 
     With K-FAC's A [n, n] and B [m, m] of the captured batch, ``H_K = K^T A K`` and ``H_C = C^T B C``, at each capture
@@ -145,9 +145,6 @@ class InverseFree(Part):
     Gaussian metric; the starting roots are this library's choice).
     """
 
-    slot: ClassVar[str] = "geometry"
-    unit: ClassVar[Unit] = "matrix"
-    needs: ClassVar[Needs] = Needs(layer_io=True)
     damping: str = "damping"
     factor_lr: str = "factor_lr"
     motion: str = "factor_momentum"
@@ -161,7 +158,7 @@ class InverseFree(Part):
     @property
     def keys(self) -> tuple[str, ...]:
         """Group keys it reads."""
-        return (self.damping, self.factor_lr, self.motion, self.every, self.approx, self.fisher)
+        return (*super().keys, self.damping, self.factor_lr, self.motion)
 
     def of(self, d: int) -> Structure:
         """The structure of a side of length d."""
@@ -169,14 +166,10 @@ class InverseFree(Part):
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """Roots and their momenta."""
-        slots = {"captures": Slot("factor", (), torch.int64)}
+        slots = super().slots(block)
         for side, d in zip(SIDES, block.shape):
             slots[f"{side}_root"] = slots[f"{side}_motion"] = Slot("factor", (self.of(d).size,))
         return slots
-
-    def observes(self, h: Hyper, step: int) -> bool:
-        """Every ``factor_frequency`` steps, beginning with the first."""
-        return (step - 1) % int(h[self.every]) == 0
 
     def observe(self, seen: dict[str, Tensor], io: LayerIO, s: State, block: Block, h: Hyper) -> None:
         """Add the projected sums ``Pi[K^T a a^T K]`` and ``Pi[C^T d d^T C]``, their traces and counts."""
@@ -208,10 +201,12 @@ class InverseFree(Part):
             d = d if approx == "expand" else d.sum(1, keepdim=True)
             d = d.flatten(0, 1)
             if io.groups > 1:  # blocks on the output side: a row has zeros outside its group
-                spread = torch.eye(io.groups, dtype=d.dtype, device=d.device).repeat_interleave(
-                    d.shape[1] // io.groups, 1
-                )
-                d = (d[:, None, :] * spread).flatten(0, 1)
+                apart = d.unflatten(1, (io.groups, -1)).transpose(0, 1)
+                if len(d) > apart.shape[2]:  # fewer rows with the same sums of products
+                    apart = torch.linalg.qr(apart, mode="r").R
+                made = d.new_zeros(io.groups, apart.shape[1], io.groups, apart.shape[2])
+                made.diagonal(dim1=0, dim2=2).copy_(apart.permute(1, 2, 0))
+                d = made.flatten(2).flatten(0, 1)
             found.append(("left", d, io.terms * io.fresh))
         return found
 
@@ -237,19 +232,15 @@ class InverseFree(Part):
         structures = {"left": self.of(m), "right": self.of(n)}
         counts = {side: seen[f"{side}.count"] for side in SIDES}
         fresh = (counts["left"] > 0) & (counts["right"] > 0)
-        good = fresh & torch.stack([seen[side].isfinite().all(1) for side in SIDES]).all(0)
-        if not bool((good | ~fresh).all()):
-            x.tick("repairs", (fresh & ~good).long().tolist())
-        x.tick("captures", good.long().tolist())
         first = s["captures"] == 0
-        s["captures"].add_(good)
+        good = admit(x, s, fresh, torch.stack([seen[side].isfinite().all(1) for side in SIDES]).all(0))
         factor, traces, lengths, grams = {}, {}, {}, {}
         for side, structure in structures.items():
             root = s[f"{side}_root"]
             eye = structure.identity(root)
             root.copy_(torch.where(first[:, None], eye, root))
             share = 1 / counts[side].clamp(min=1)
-            if side == "left" and h[self.fisher] == "empirical":
+            if side == "left" and self.empirical(h):
                 share = share * seen["count"].square()
             factor[side] = seen[side].to(root.dtype) * share[:, None].to(root.dtype)
             traces[side] = seen[f"{side}.trace"].to(root.dtype) * share.to(root.dtype) / structure.d

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from guided_descent.linalg.eigen import FAILED, eigenbasis, track_basis
+from guided_descent.linalg.eigen import eigenbasis
 from guided_descent.parts.base import Batch, Found, Hyper, Part, Slot, State, Task
-from guided_descent.parts.geometry.kronecker import Eigenbasis, average, rotate, start_bases
+from guided_descent.parts.geometry.kronecker import Eigenbasis, next_basis, rotate, start_bases
 from guided_descent.parts.step import Decoupled
 from guided_descent.routing.roles import Block
 
@@ -48,20 +48,16 @@ class SignEigenbasis(Eigenbasis):
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Advance factors and momentum, and take the sign of the momentum in the bases of the last refresh."""
         u = x.take()
-        beta1, beta2 = h[self.betas]
-        beta = beta2 if h[self.beta] is None else h[self.beta]
-        for side, a in (("left", u.whole), ("right", u.whole.mT)):
-            if side in s:
-                average(s[side], a, a.mT, beta)
-        s["exp_avg"].lerp_(u, 1 - beta1)
+        self.gather(x, u.whole, s, h)
+        s["exp_avg"].lerp_(u, 1 - h[self.betas][0])
         u.copy_(s["exp_avg"])
         if x.first:
             _signs(x, u.whole)
             start_bases(x, s)
         else:
-            rotate(x, u.whole, s, into=True)
+            rotate(x, u.whole, s, into=True, dtype=h[self.product])
             _signs(x, u.whole)
-            rotate(x, u.whole, s, into=False)
+            rotate(x, u.whole, s, into=False, dtype=h[self.product])
         x.scale(length(x.shape, self.max_dim))
 
     def tasks(self, block: Block) -> dict[str, Task]:
@@ -79,8 +75,8 @@ class SignEigenbasis(Eigenbasis):
         """The next basis; its order and signs do not matter to a sign."""
         factor, last = inputs
         if h[self.method] == "qr":
-            step = track_basis(factor, last, sort=False)
-            return {"basis": step.basis, "fallbacks": (step.failed * FAILED).to(torch.int8)}
+            tracked = next_basis(factor, last, method="qr", sort=False)
+            return {key: tracked[key] for key in ("basis", "fallbacks")}
         found = eigenbasis(factor)
         basis = torch.where(found.failed[..., None, None], last, found.basis)
         return {"basis": basis, "fallbacks": found.fallbacks}
