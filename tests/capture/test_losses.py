@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -122,6 +124,138 @@ def test_draws_are_reproducible_keep_the_dtype_and_leave_the_users_generator(nam
     assert not torch.equal(one, other)
     assert one.dtype == next(LOSSES[name].sqrt_hessian(out)).dtype == torch.bfloat16
     assert torch.equal(before, torch.get_rng_state())
+
+
+def spoil(out, bad, place=(3, 1)):
+    """A copy with one number that is not finite."""
+    spoiled = out.clone()
+    spoiled[place] = bad
+    return spoiled
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", LOSSES)
+def test_rows_that_are_not_finite_have_nan_draws_and_change_no_other(name, dtype, bad):
+    loss, out = LOSSES[name], torch.randn(300, 5).to(dtype)  # beyond a vector's length
+    good, spoiled = (loss.sample(o, torch.Generator().manual_seed(2)) for o in (out, spoil(out, bad)))
+    others = torch.arange(300) != 3
+    assert torch.equal(spoiled[others], good[others])
+    columns = torch.stack(list(loss.sqrt_hessian(spoil(out, bad))))
+    assert torch.equal(columns[:, others], torch.stack(list(loss.sqrt_hessian(out)))[:, others])
+    if name == "cross_entropy" and bad == -math.inf:  # a class that cannot be: p = 0
+        assert spoiled[3].isfinite().all()
+        assert spoiled[3, 1] == 0
+        assert not columns[:, 3, 1].any()
+    else:
+        assert spoiled[3].isnan().all()
+        assert columns[:, 3].isnan().any(0).any()
+    assert spoiled.dtype == dtype
+
+
+@pytest.mark.parametrize("loss", [SquaredError(), BinaryCrossEntropy()])
+def test_a_scalar_that_is_not_finite_is_a_row_of_its_own(loss):
+    out = torch.randn(6)
+    good, spoiled = (loss.sample(o, torch.Generator().manual_seed(2)) for o in (out, spoil(out, math.nan, 3)))
+    assert spoiled.isnan().nonzero().tolist() == [[3]]
+    assert torch.equal(spoiled[:3], good[:3])
+
+
+def test_positions_and_classes_on_axis_1_have_rows_of_their_own():
+    out = torch.randn(2, 4, 3)  # [N, C, R]
+    loss = CrossEntropy(axis=1)
+    good, spoiled = (loss.sample(o, torch.Generator().manual_seed(2)) for o in (out, spoil(out, math.nan, (1, 2, 0))))
+    wrong = torch.zeros(2, 4, 3, dtype=torch.bool)
+    wrong[1, :, 0] = True
+    assert torch.equal(spoiled.isnan(), wrong)
+    assert torch.equal(spoiled[~wrong], good[~wrong])
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    mask[1, 0] = False
+    masked = Masked(loss, mask)  # a term that does not count is 0, whatever its outputs
+    draw = masked.sample(spoil(out, math.nan, (1, 2, 0)), torch.Generator().manual_seed(2))
+    assert torch.equal(draw, good.masked_fill(wrong, 0))
+    columns = list(masked.sqrt_hessian(spoil(out, math.nan, (1, 2, 0))))
+    assert all(torch.equal(a, b) for a, b in zip(columns, masked.sqrt_hessian(out), strict=True))
+
+
+def dense_root(loss, out):
+    """(S, S^T) of the whole output as matrices, from products with every unit tensor at once."""
+    eye = torch.eye(out.numel(), dtype=out.dtype).view(-1, *out.shape)
+    return loss.root(out, eye).reshape(len(eye), -1).T, loss.root_t(out, eye).reshape(len(eye), -1).T
+
+
+VARIANTS = {
+    **{name: (loss, (3, 2, 4)) for name, loss in LOSSES.items()},
+    "axis 1": (CrossEntropy(axis=1), (3, 4, 2)),
+    "masked": (Masked(CrossEntropy(), torch.tensor([[True, False], [True, True], [False, False]])), (3, 2, 4)),
+    "masked, axis 1": (Masked(CrossEntropy(axis=1), torch.tensor([[True, False]] * 3)), (3, 4, 2)),
+    "masked bce": (Masked(BinaryCrossEntropy(), torch.tensor([[True, False]] * 3)), (3, 2, 4)),
+    "scalars": (SquaredError(1.0), (5,)),
+    "masked scalars": (Masked(BinaryCrossEntropy(), torch.tensor([True, False, True])), (3,)),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_products_with_the_root_are_those_of_the_sum_over_terms(name):
+    """S S^T is autograd's Hessian of T times the value, S rho its gradient, S^T the transpose; the columns are S's."""
+    loss, shape = VARIANTS[name]
+    out = torch.randn(*shape, dtype=torch.float64)
+    base = loss.loss if isinstance(loss, Masked) else loss
+    if isinstance(base, CrossEntropy):
+        target = torch.randint(4, out.select(base.axis, 0).shape)
+        target[0] = 2
+    else:
+        target = torch.rand_like(out)
+    if isinstance(loss, Masked):  # nothing of a target that does not count is read
+        target[~loss.mask] = -100 if isinstance(base, CrossEntropy) else math.nan
+        if isinstance(base, CrossEntropy):
+            with pytest.raises(ValueError, match="mask them with Masked"):
+                base.value(out, target)
+
+    def total(flat):
+        return loss.value(flat.view(shape), target) * loss.terms(out)
+
+    flat = out.reshape(-1).requires_grad_()
+    s, s_t = dense_root(loss, out.detach())
+    hessian = torch.autograd.functional.hessian(total, flat)
+    torch.testing.assert_close(s @ s.T, hessian, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(s_t, s.T, rtol=1e-13, atol=1e-15)
+    [gradient] = torch.autograd.grad(total(flat), flat)
+    rho = loss.rho(out.detach(), target)
+    assert rho.shape == out.shape
+    torch.testing.assert_close(s @ rho.reshape(-1), gradient, rtol=1e-11, atol=1e-13)
+    columns = torch.stack(list(loss.sqrt_hessian(out.detach())))
+    own = torch.eye(len(out), dtype=out.dtype).view(len(out), len(out), *[1] * (out.dim() - 1))
+    columns = (columns.unsqueeze(1) * own).flatten(0, 1).flatten(1)  # a column has every sample in it: one by one
+    torch.testing.assert_close(columns.T @ columns, hessian, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_products_keep_the_dtype_and_are_finite_where_probabilities_vanish(name):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        out = torch.tensor([[300.0, 0.0, -300.0]], dtype=dtype)
+        target = torch.tensor([2]) if name == "cross_entropy" else torch.tensor([[0.0, 1.0, 1.0]])
+        for product in (
+            LOSSES[name].root(out, torch.ones_like(out)),
+            LOSSES[name].root_t(out, torch.ones_like(out)),
+            LOSSES[name].rho(out, target),
+        ):
+            assert product.dtype == dtype
+            assert product.isfinite().all() or dtype == torch.float16  # rho of a vanished class is 1e6
+            assert not product.isnan().any()
+    wide = LOSSES[name].root(out, torch.ones(2, 1, 3, dtype=torch.float64))
+    assert (wide.dtype, wide.shape) == (torch.float64, (2, 1, 3))
+
+
+def test_targets_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"must be classes 0, 1, .*masked rows.*Masked"):
+        CrossEntropy().value(torch.zeros(2, 3), torch.tensor([0, -100]))
+    with pytest.raises(ValueError, match="must be classes"):
+        CrossEntropy().value(torch.zeros(2, 3), torch.zeros(2, 3))
+    for loss in (SquaredError(), BinaryCrossEntropy()):
+        for call in (loss.value, loss.rho):
+            with pytest.raises(ValueError, match=r"\[2, 1\] do not fit outputs of shape \[2\]"):
+                call(torch.zeros(2), torch.zeros(2, 1))
 
 
 def test_names():

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from guided_descent.solvers import LIKELIHOODS, Objective, likelihood
+from guided_descent.capture import LOSSES, CrossEntropy, Masked
+from guided_descent.solvers import Likelihood, Objective
 from guided_descent.solvers.curvature import DampedSystem, Linearization, hessian, solve_psd
 from oracles.solvers import flat_function, ggn, jacobian, softmax_fisher
 
@@ -32,15 +33,15 @@ def data(name: str, n: int = 5):
     return x, (y > 0.5).double() if name == "bce" else y
 
 
-@pytest.mark.parametrize("name", LIKELIHOODS)
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("shape", [(4, 3), (2, 3, 3)])
 def test_the_root_is_a_root_of_the_hessian(name, shape):
     """Against autograd's Hessian of torch's loss; also S rho = gradient, and S' is the transpose."""
     z = torch.randn(shape, dtype=torch.float64)
     y = torch.randint(3, shape[:-1]) if name == "cross_entropy" else torch.rand(shape, dtype=torch.float64)
-    kind, reference = likelihood(name, y), lambda flat: TORCH[name](flat.view(shape), y)
+    kind, reference = Likelihood(name, y), lambda flat: TORCH[name](flat.view(shape), y)
     flat = z.reshape(-1)
-    assert kind.loss(z).item() == pytest.approx(reference(flat).item(), rel=1e-13)
+    assert kind.value(z).item() == pytest.approx(reference(flat).item(), rel=1e-13)
     h = torch.autograd.functional.hessian(reference, flat)
     eye = torch.eye(len(flat), dtype=z.dtype).view(-1, *shape)
     s = kind.root(z, eye).reshape(len(flat), -1).T  # columns S e_i
@@ -51,23 +52,38 @@ def test_the_root_is_a_root_of_the_hessian(name, shape):
     torch.testing.assert_close(s @ kind.rho(z).reshape(-1), g, rtol=1e-11, atol=1e-13)
 
 
+def test_a_masked_likelihood_is_that_of_the_rows_that_count():
+    z, y = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 2, -100, 1, -100, 1])
+    keep = y >= 0
+    masked, rows = Likelihood(Masked(CrossEntropy(), keep), y), Likelihood("cross_entropy", y[keep])
+    assert masked.value(z).item() == pytest.approx(rows.value(z[keep]).item(), rel=1e-14)
+    w = torch.randn(6, 3, dtype=torch.float64)
+    for whole, part in (
+        (masked.root(z, w), rows.root(z[keep], w[keep])),
+        (masked.root_t(z, w), rows.root_t(z[keep], w[keep])),
+        (masked.rho(z), rows.rho(z[keep])),
+    ):
+        torch.testing.assert_close(whole[keep], part)
+        assert not whole[~keep].any()
+
+
 def test_extreme_probabilities_stay_finite():
     z = torch.tensor([[800.0, 0.0, -800.0]], dtype=torch.float64)
-    for kind in (likelihood("cross_entropy", torch.tensor([2])), likelihood("bce", torch.zeros(1, 3).double())):
+    for kind in (Likelihood("cross_entropy", torch.tensor([2])), Likelihood("bce", torch.zeros(1, 3).double())):
         assert bool(torch.isfinite(kind.rho(z)).all())
         assert bool(torch.isfinite(kind.root(z, torch.ones_like(z))).all())
 
 
 def test_masked_classes_and_wrong_shapes_are_refused():
     with pytest.raises(ValueError, match="masked rows"):
-        likelihood("cross_entropy", torch.tensor([0, -100])).loss(torch.zeros(2, 3))
+        Likelihood("cross_entropy", torch.tensor([0, -100])).value(torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"\[2, 1\] do not fit outputs of shape \[2\]"):
-        likelihood("mse", torch.zeros(2, 1)).loss(torch.zeros(2))
-    with pytest.raises(ValueError, match="'huber' must be one of 'cross_entropy'"):
-        likelihood("huber", torch.zeros(2))
+        Likelihood("mse", torch.zeros(2, 1)).value(torch.zeros(2))
+    with pytest.raises(ValueError, match="'huber' is unknown; choose one of cross_entropy"):
+        Likelihood("huber", torch.zeros(2))
 
 
-@pytest.mark.parametrize("name", [*LIKELIHOODS, "residuals"])
+@pytest.mark.parametrize("name", [*LOSSES, "residuals"])
 def test_products_and_dense_matrix_are_those_of_the_definition(name):
     """A v, A' w, dense A, gradient and A'A against J'HJ from autograd, with a parameter that has no influence."""
     model = net()
@@ -76,7 +92,7 @@ def test_products_and_dense_matrix_are_those_of_the_definition(name):
     if name == "residuals":
         objective, loss = Objective(residuals=lambda: model(x) - y), lambda z: (z - y).square().mean()
     else:
-        kind = likelihood(name, y)
+        kind = Likelihood(name, y)
         objective, loss = Objective(outputs=lambda: model(x), likelihood=kind), lambda z: TORCH[name](z, y)
     function, theta = flat_function(model, lambda m: m(x))
     reference = ggn(function, loss, theta)
@@ -107,7 +123,7 @@ def test_a_jacobian_of_the_user_is_taken_and_checked():
     model, (x, y) = net(), data("cross_entropy")
     function, theta = flat_function(model, lambda m: m(x))
     j = jacobian(function, theta)
-    kind = likelihood("cross_entropy", y)
+    kind = Likelihood("cross_entropy", y)
     parameters = list(model.parameters())
     plain = Linearization(Objective(outputs=lambda: model(x), likelihood=kind), parameters, lambda n: None).dense()
     given = Objective(outputs=lambda: model(x), likelihood=kind, jacobian=lambda: j)
@@ -130,7 +146,7 @@ def test_the_gauss_newton_matrix_of_softmax_is_the_fisher_matrix():
     """Against the expectation over every label the model could draw; the true labels do not enter."""
     model, (x, y) = net(), data("cross_entropy")
     function, theta = flat_function(model, lambda m: m(x))
-    objective = Objective(outputs=lambda: model(x), likelihood=likelihood("cross_entropy", y))
+    objective = Objective(outputs=lambda: model(x), likelihood=Likelihood("cross_entropy", y))
     a = Linearization(objective, list(model.parameters()), lambda n: None).dense()
     torch.testing.assert_close(a.T @ a, softmax_fisher(function, theta), rtol=1e-10, atol=1e-13)
 

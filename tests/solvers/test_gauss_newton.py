@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from guided_descent.solvers import (
-    CrossEntropy,
     DampedNewton,
     GaussNewton,
     HessianFree,
     LevenbergMarquardt,
+    Likelihood,
     NaturalGradient,
     Objective,
 )
@@ -37,7 +37,7 @@ def classify(n: int = 8):
     model = nn.Linear(3, 4).double()
     x, y = torch.randn(n, 3, dtype=torch.float64), torch.randint(4, (n,))
     function, theta = flat_function(model, lambda m: m(x))
-    return model, Objective(outputs=lambda: model(x), likelihood=CrossEntropy(y)), function, theta, y
+    return model, Objective(outputs=lambda: model(x), likelihood=Likelihood("cross_entropy", y)), function, theta, y
 
 
 def eye(n: int) -> torch.Tensor:

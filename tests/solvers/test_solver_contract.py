@@ -19,9 +19,9 @@ from guided_descent.solvers import (
     GaussNewton,
     HessianFree,
     LevenbergMarquardt,
+    Likelihood,
     NaturalGradient,
     Objective,
-    SquaredError,
 )
 
 X = torch.randn(10, 3, generator=torch.Generator().manual_seed(1))
@@ -211,7 +211,7 @@ def test_damped_newton_needs_a_loss_with_its_graph():
 
 
 def test_objectives_say_what_is_wrong():
-    kind = SquaredError(Y)
+    kind = Likelihood("mse", Y)
     with pytest.raises(TypeError, match="one of loss, residuals and outputs, not loss and residuals"):
         Objective(loss=lambda: Y, residuals=lambda: Y)
     with pytest.raises(TypeError, match="an empty Objective"):

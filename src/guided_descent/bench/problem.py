@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from guided_descent.bench.files import BenchError
-from guided_descent.solvers.likelihoods import LIKELIHOODS, likelihood
+from guided_descent.capture.losses import LOSSES
+from guided_descent.solvers.likelihoods import Likelihood
 from guided_descent.solvers.objective import Objective
 
 _AGREE = 1e-3  # relative: how closely loss, residuals and likelihood must agree on the first batch
@@ -109,8 +110,8 @@ class Problem:
         parts = [name for name in ("outputs", "targets", "likelihood") if getattr(self, name) is not None]
         if len(parts) not in (0, 3):
             raise ProblemError(f"Problem has {' and '.join(parts)} alone; outputs, targets and likelihood go together")
-        if self.likelihood is not None and self.likelihood not in LIKELIHOODS:
-            raise ProblemError(f"Problem.likelihood is {self.likelihood!r}; it must be one of {', '.join(LIKELIHOODS)}")
+        if self.likelihood is not None and self.likelihood not in LOSSES:
+            raise ProblemError(f"Problem.likelihood is {self.likelihood!r}; it must be one of {', '.join(LOSSES)}")
         if parts and self.residuals is not None:
             raise ProblemError("Problem has outputs and residuals; give the one from which the loss is computed")
         if self.jacobian is not None and self.residuals is None:
@@ -142,7 +143,7 @@ class Problem:
             )
         if self.outputs is not None and self.targets is not None and self.likelihood is not None:
             outputs = self.outputs
-            kind = likelihood(self.likelihood, self.targets(batch))
+            kind = Likelihood(self.likelihood, self.targets(batch))
             return Objective(outputs=lambda: outputs(model, batch), likelihood=kind, closure=closure)
         return Objective(loss=lambda: self.loss(model, batch), closure=closure)
 

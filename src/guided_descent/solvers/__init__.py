@@ -3,14 +3,7 @@
 from guided_descent.solvers.base import Solver
 from guided_descent.solvers.gauss_newton import GaussNewton, LevenbergMarquardt, NaturalGradient
 from guided_descent.solvers.hessian_free import HessianFree
-from guided_descent.solvers.likelihoods import (
-    LIKELIHOODS,
-    BinaryCrossEntropy,
-    CrossEntropy,
-    Likelihood,
-    SquaredError,
-    likelihood,
-)
+from guided_descent.solvers.likelihoods import Likelihood
 from guided_descent.solvers.newton import DampedNewton
 from guided_descent.solvers.objective import Objective
 from guided_descent.solvers.quasi_newton import BFGS, LBFGS
@@ -29,10 +22,7 @@ SOLVERS: dict[str, type[Solver]] = {
 __all__ = [
     "BFGS",
     "LBFGS",
-    "LIKELIHOODS",
     "SOLVERS",
-    "BinaryCrossEntropy",
-    "CrossEntropy",
     "DampedNewton",
     "GaussNewton",
     "HessianFree",
@@ -41,6 +31,4 @@ __all__ = [
     "NaturalGradient",
     "Objective",
     "Solver",
-    "SquaredError",
-    "likelihood",
 ]

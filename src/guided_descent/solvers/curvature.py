@@ -20,7 +20,7 @@ SPACES = ("auto", "parameters", "samples")
 class Linearization:
     """``loss(theta + d) ~ loss + g.d + |A d|²/2`` at the present parameters: ``A = Sᵀ J``, ``g = Aᵀ rho``.
 
-    ``J`` is the Jacobian of residuals or outputs and ``S`` the root of the loss's Hessian by them (``likelihoods.py``);
+    ``J`` is the Jacobian of residuals or outputs and ``S`` the root of the loss's Hessian by them (``Likelihood``);
     ``loss = scale sum r²`` has ``S = sqrt(2 scale) I`` and ``rho = sqrt(2 scale) r``. The graph belongs to the values
     the parameters have now: products must be done before they change.
 

@@ -220,11 +220,11 @@ class NaturalGradient(DenseGaussNewton):
 
     Example:
         >>> import torch
-        >>> from guided_descent.solvers.likelihoods import CrossEntropy
+        >>> from guided_descent.solvers import Likelihood
         >>> net, x, y = torch.nn.Linear(2, 2), torch.eye(2), torch.tensor([0, 1])
         >>> opt = NaturalGradient(net, lr=0.5)
         >>> for _ in range(10):
-        ...     loss = opt.step(Objective(outputs=lambda: net(x), likelihood=CrossEntropy(y)))
+        ...     loss = opt.step(Objective(outputs=lambda: net(x), likelihood=Likelihood("cross_entropy", y)))
         >>> bool(loss < 0.1)
         True
     """

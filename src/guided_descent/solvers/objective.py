@@ -12,7 +12,7 @@ from guided_descent.solvers.likelihoods import Likelihood
 
 HOW = (
     "Objective(residuals=lambda: model(x) - y) for a sum of squares, or "
-    "Objective(outputs=lambda: model(x), likelihood=CrossEntropy(y))"
+    "Objective(outputs=lambda: model(x), likelihood=Likelihood('cross_entropy', y))"
 )
 
 
@@ -28,7 +28,7 @@ class Objective:
         loss: The loss, a differentiable tensor with one element.
         residuals: A tensor ``r`` of any shape; the loss is ``scale * sum r²``.
         scale: Of ``residuals``; None: one over their number, so that the loss is the mean square.
-        outputs: The model's outputs ``[..., C]``; the loss is ``likelihood.loss(outputs)``.
+        outputs: The model's outputs ``[..., C]``; the loss is ``likelihood.value(outputs)``.
         likelihood: The loss of the outputs, with its targets.
         jacobian: The Jacobian of ``residuals`` or ``outputs``, flattened row by row, by the trainable parameters in
             their order: ``[n, P]``. None: it is computed by batched backward passes, n of them in all, which a task
@@ -97,7 +97,7 @@ class Objective:
     def value_of(self, z: Tensor) -> Tensor:
         """The loss of given residuals or outputs."""
         if self.likelihood is not None:
-            return self.likelihood.loss(z)
+            return self.likelihood.value(z)
         return z.square().sum() * self.square_scale(z)
 
     def square_scale(self, r: Tensor) -> float:
