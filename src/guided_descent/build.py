@@ -12,10 +12,11 @@ from typing import Any, ClassVar, TypeAlias, cast
 
 from torch import Tensor, nn
 
+from guided_descent.capture import LOSSES, as_loss
 from guided_descent.capture.attention import AttentionLogits
 from guided_descent.engine.observing import Observer
 from guided_descent.engine.optimizer import ENGINE_KEYS, Optimizer
-from guided_descent.layers import Layer, find_layers, joined, not_read, watched
+from guided_descent.layers import Layer, find_layers, joined, not_read, undivided, watched, why_not_read
 from guided_descent.parts.base import Part
 from guided_descent.recipes.base import Recipe, lookup
 from guided_descent.routing import Block, Entry, Role, Rule, Table, canonical_name, check_not_flattened, route
@@ -80,7 +81,7 @@ class RoutedOptimizer(Optimizer):
         scaler: Any = None,
         **engine: Any,
     ) -> None:
-        engine = _engine_options(engine)
+        engine = _engine_options(engine, recipe)
         self._base = recipe
         self._engine_options = engine
         add = tuple(add)
@@ -89,10 +90,10 @@ class RoutedOptimizer(Optimizer):
         self._start(assembly.groups, assembly.recipes, assembly.blocks, add, workspace_mb, seed)
         self._blocks_read = assembly.read
         self._logits: AttentionLogits | None = None
+        if (loss is not None or scaler is not None) and not (assembly.read or recipe.reads_layers):
+            raise ValueError(f"loss= and scaler= are for recipes that read layers, and {recipe.label} does not")
         if isinstance(params, nn.Module) and (assembly.read or self._noted("max_logits")):
             self.watch(params, loss=loss, scaler=scaler)
-        elif (loss is not None or scaler is not None) and not recipe.reads_layers:
-            raise ValueError(f"loss= and scaler= are for recipes that read layers, and {recipe.label} does not")
         if compile:
             self.compile()
 
@@ -104,11 +105,13 @@ class RoutedOptimizer(Optimizer):
 
         Args:
             model: The model whose parameters are trained.
-            loss: The loss from which labels are sampled; a name or a ``Loss``.
+            loss: The loss from which labels are sampled; a name or a ``Loss``. Where it is left out and labels are
+                sampled, call ``curvature_pass`` in each step for which ``due`` holds, or the step raises RuntimeError.
             scaler: The ``GradScaler`` that scales the loss.
 
         Raises:
-            ValueError: The recipes disagree on ``fisher``, or labels are to be sampled and the loss is unknown.
+            ValueError: The recipes disagree on ``fisher``, or no loss has this name.
+            TypeError: The loss is an object from which labels cannot be sampled, such as torch's function or module.
         """
         ranks = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
         inner = model if ranks is None else ranks.module
@@ -124,14 +127,14 @@ class RoutedOptimizer(Optimizer):
         kinds = {r.values()["fisher"] for r in self.recipes if r.reads_layers}
         if len(kinds) != 1:
             raise ValueError(f"fisher must be the same in all groups, not {', '.join(sorted(map(repr, kinds)))}")
+        [fisher] = kinds
+        _check_loss(loss, fisher)
         if self._engine.observer is not None:
             self._engine.observer.capture.remove()
         layers = find_layers(model)
         modules = {n: m for weight in self._blocks_read for n, m in zip(layers[weight].names, layers[weight].modules)}
         blocks = watched(self._blocks_read, layers)
-        self._engine.observer = Observer(
-            self._engine, model, modules, blocks, fisher=kinds.pop(), loss=loss, scaler=scaler
-        )
+        self._engine.observer = Observer(self._engine, model, modules, blocks, fisher=fisher, loss=loss, scaler=scaler)
 
     def _noted(self, kind: str) -> list[str]:
         """The modules whose notes of a kind some constraint reads."""
@@ -323,14 +326,15 @@ def assemble(
     for overrides, names in user_groups:
         base = _with(recipe, overrides, "this param group")
         found: dict[Any, int] = {}
-        owners = [_owner(table[name], base) for name in names]
-        layers = find_layers(params) if isinstance(params, nn.Module) and _reads(owners) else {}
-        joints = _read_layers(names, owners, table, layers, known)
+        entries = [table[name] for name in names]
+        owners = [_owner(entry, base) for entry in entries]
+        layers = find_layers(params) if isinstance(params, nn.Module) and _reads([base, *owners]) else {}
+        _undivide(entries, owners, base, layers)
+        joints = _read_layers(entries, owners, layers, known)
         if not any(type(owner) is type(base) for owner in owners):
             # nothing here is for the base recipe, so the group speaks of the auxiliary one: say, norms without decay
             owners = [_with(o, {k: v for k, v in overrides.items() if k in o.numbers()}, "") for o in owners]
-        for name, owner in zip(names, owners):
-            entry = table[name]
+        for name, entry, owner in zip(names, entries, owners):
             rule = entry.rule
             own_key = (id(owner) if owner is base else owner.label, rule.pattern if rule and _opts(rule) else None)
             if owner.matrix or (base.matrix and (rule is None or rule.recipe is None)):
@@ -371,8 +375,18 @@ def _reads(owners: Iterable[Recipe]) -> bool:
     return any(owner.reads_layers for owner in owners)
 
 
+def _undivide(entries: list[Entry], owners: list[Recipe], base: Recipe, layers: Mapping[str, Layer]) -> None:
+    """Make one matrix of each convolution in groups that a recipe which reads layers then takes."""
+    for i, entry in enumerate(entries):
+        whole = undivided(entry, layers[entry.name]) if entry.name in layers else None
+        if whole is not None:
+            owner = _owner(whole, base)
+            if owner.reads_layers:
+                entries[i], owners[i] = whole, owner
+
+
 def _read_layers(
-    names: Sequence[str], owners: list[Recipe], table: Table, layers: Mapping[str, Layer], known: bool
+    entries: Sequence[Entry], owners: list[Recipe], layers: Mapping[str, Layer], known: bool
 ) -> dict[str, tuple[Block, ...]]:
     """Blocks ``[W | b]`` by the names of both parameters; what cannot be read is given to the auxiliary recipe."""
     if not _reads(owners):
@@ -383,17 +397,18 @@ def _read_layers(
             f"{label} reads the inputs and output gradients of layers: pass the model itself, not its parameters; for "
             "layers that come later build a new optimizer"
         )
-    place = {name: i for i, name in enumerate(names)}
+    place = {entry.name: i for i, entry in enumerate(entries)}
     made: dict[str, tuple[Block, ...]] = {}
-    for i, name in enumerate(names):
-        owner, layer = owners[i], layers.get(name)
+    for i, entry in enumerate(entries):
+        name, owner, layer = entry.name, owners[i], layers.get(entry.name)
         if not owner.reads_layers or name in made:
             continue
-        if layer is None or layer.why:
+        why = why_not_read(entry, layer)
+        if layer is None or why:
             owners[i] = owner.spare()
-            made[name] = not_read(table[name].blocks, layer.why if layer else "it is the weight of no layer")
-        elif owner.joins_bias and layer.bias in place and table[layer.bias].rule is None:
-            joint = joined(table[name], layer.bias)
+            made[name] = not_read(entry.blocks, why)
+        elif owner.joins_bias and layer.bias in place and entries[place[layer.bias]].rule is None:
+            joint = joined(entry, layer.bias)
             if joint is not None:
                 owners[place[layer.bias]] = owner
                 made[name] = made[layer.bias] = joint
@@ -499,14 +514,44 @@ def _scaled(entry: Entry, blocks: tuple[Block, ...], recipe: Recipe, known: bool
     return tuple(dataclasses.replace(block, wd_scale=0.0) if block.role in UNDECAYED else block for block in blocks)
 
 
-def _engine_options(options: dict[str, Any]) -> dict[str, Any]:
+def _engine_options(options: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     for name, why in _NOT_OPTIONS.items():
         if options.pop(name, None):
             raise ValueError(f"{name}=True: {why}")
     for name in options:
-        if name not in ENGINE_KEYS:
-            raise TypeError(f"unknown build option {name!r} (valid: {', '.join(_BUILD_KEYS)})")
+        if name in ENGINE_KEYS:
+            continue
+        if name in (item.name for item in dataclasses.fields(recipe)):
+            raise TypeError(_no_option(name, options[name], type(recipe)))
+        near = difflib.get_close_matches(name, _BUILD_KEYS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TypeError(f"unknown build option {name!r}{hint} (valid: {', '.join(_BUILD_KEYS)})")
     return ENGINE_KEYS | options
+
+
+def _no_option(name: str, value: Any, recipe_class: type[Recipe]) -> str:
+    """What to write where a hyperparameter was given to ``build``."""
+    cls, label = recipe_class.__name__, recipe_class.key or recipe_class.__name__
+    given = f"{name}={value!r}" if isinstance(value, bool | float | int | str | tuple | None) else f"{name}=..."
+    if not recipe_class.__module__.startswith("guided_descent."):
+        return f"{name} is a hyperparameter of {label}: give it to the recipe, build(model, {cls}({given}))"
+    return (
+        f"{name} is a hyperparameter of {label}: give it to the recipe, "
+        f"build(model, guided_descent.recipes.{cls}({given})), or write guided_descent.{cls}(model, {given})"
+    )
+
+
+def _check_loss(loss: Any, fisher: str) -> None:
+    """A name that no loss has, or an object without what ``fisher`` asks of it, is an error before any forward pass."""
+    if as_loss(loss) is None or isinstance(loss, str):
+        return
+    for method in ("terms", *{"mc": ["sample"], "exact": ["sqrt_hessian"]}.get(fisher, [])):
+        if isinstance(loss, type) or not callable(getattr(loss, method, None)):
+            name = getattr(loss, "__name__", type(loss).__name__)
+            raise TypeError(
+                f"loss={name} has no method {method!r}, which fisher={fisher!r} needs: give the name of the loss, one "
+                f"of {', '.join(map(repr, LOSSES))}, or an object like those of guided_descent.capture.LOSSES"
+            )
 
 
 def _class_doc(recipe_class: type[Recipe]) -> str:

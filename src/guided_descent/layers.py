@@ -1,12 +1,15 @@
 """Layers: which modules own the blocks of a recipe that reads layers, and what cannot be read.
 
 A weight is readable when every module that owns it is of a type whose statistics the capture layer knows. The bias of
-such a layer joins its weight: one block ``[W | b]`` of two pieces, as a constant input of 1 makes of it.
+such a layer joins its weight: one block ``[W | b]`` of two pieces, as a constant input of 1 makes of it. A convolution
+in groups is one block too: its weight ``[out, in / groups, *kernel]`` is the matrix of all outputs, which takes the
+patches of every group as inputs and couples no gradients of different groups.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -28,12 +31,14 @@ class Layer:
         modules: The modules.
         why: Why it cannot be read; empty where it can.
         bias: Canonical name of the bias that joins the weight, if any.
+        groups: Whether it is a convolution in groups.
     """
 
     names: tuple[str, ...]
     modules: tuple[nn.Module, ...] = field(repr=False)
     why: str = ""
     bias: str | None = None
+    groups: bool = False
 
 
 def find_layers(model: nn.Module) -> dict[str, Layer]:
@@ -55,6 +60,7 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
             modules,
             next(filter(None, map(_unreadable, modules)), ""),
             names[id(bias)] if together and len(modules) == 1 else None,
+            any(getattr(module, "groups", 1) != 1 for module in modules),
         )
     return found
 
@@ -67,7 +73,38 @@ def _unreadable(module: nn.Module) -> str:
     kind = type(module).__name__
     if supported(module) not in READABLE:
         return f"a {kind} has a gain for each channel and no matrix"
-    return f"a {kind} in groups" if getattr(module, "groups", 1) != 1 else ""
+    return ""
+
+
+def undivided(entry: Entry, layer: Layer) -> Entry | None:
+    """The weight of a convolution in groups as one matrix ``[out, in / groups * kernel]``; ``None`` for any other.
+
+    Routing makes a stack of it, a matrix for each group, which is what a recipe wants that looks at gradients alone.
+    """
+    if not layer.groups or layer.why or len(entry.blocks) != 1 or len(entry.shape) < 3:
+        return None
+    [block] = entry.blocks
+    [piece] = block.pieces
+    if piece.index or piece.perm is not None:
+        return None
+    matrix = dataclasses.replace(block, shape=(entry.shape[0], math.prod(entry.shape[1:])))
+    return dataclasses.replace(entry, blocks=(matrix,))
+
+
+def why_not_read(entry: Entry, layer: Layer | None) -> str:
+    """Why a recipe that reads layers cannot take a weight; empty where it can."""
+    if layer is None:
+        return "it is the weight of no layer"
+    if layer.why:
+        return layer.why
+    if any(len(block.shape) != 2 for block in entry.blocks):
+        return "its blocks are stacks, and a layer has one matrix"
+    pieces = [piece for block in entry.blocks for piece in block.pieces]
+    if any(piece.perm is not None for piece in pieces):
+        return "its block is turned, and a layer's rows are its outputs"
+    if layer.groups and any(piece.index for piece in pieces):
+        return "a convolution in groups that a rule has split: its parts are no layers of their own"
+    return ""
 
 
 def joined(entry: Entry, bias: str) -> tuple[Block, ...] | None:

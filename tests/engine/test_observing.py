@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import guided_descent as gd
-from guided_descent.capture import LayerIO
+from guided_descent.capture import LOSSES, LayerIO
 from guided_descent.parts import Batch, Decoupled, Descend, Hyper, Needs, Part, Parts, Slot, State
+from guided_descent.parts.base import Unit
 from guided_descent.recipes import AdamW, Recipe, hyper, static
 from guided_descent.routing import Block
 
@@ -24,7 +25,7 @@ class Moments(Part):
     """Keeps the last means of a a^T and d d^T and leaves the direction alone."""
 
     slot: ClassVar[str] = "geometry"
-    unit: ClassVar[str] = "matrix"  # type: ignore[assignment]
+    unit: ClassVar[Unit] = "matrix"
     needs: ClassVar[Needs] = Needs(layer_io=True)
 
     @property
@@ -221,17 +222,19 @@ def test_what_cannot_be_read_goes_to_the_auxiliary_recipe_and_says_why() -> None
             super().__init__()
             self.first = nn.Linear(3, 4)
             self.grouped = nn.Conv1d(4, 4, 3, groups=2, padding=1)
+            self.back = nn.ConvTranspose1d(4, 4, 3, padding=1)
             self.attention = nn.MultiheadAttention(4, 2)
             self.last = nn.Linear(4, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.last(self.grouped(self.first(x)))
+            return self.last(self.back(self.grouped(self.first(x))))
 
     opt = gd.build(Odd(), Watcher())
     lines = {line.parameter: line for line in gd.explain(opt).lines}
     assert lines["first.weight"].recipe == "Watcher"
-    assert lines["grouped.weight"].recipe == "adamw"
-    assert "in groups" in lines["grouped.weight"].why
+    assert (lines["grouped.weight"].recipe, lines["grouped.weight"].view) == ("Watcher", (4, 7))
+    assert lines["back.weight"].recipe == "adamw"
+    assert "ConvTranspose1d is not one of the exact types" in lines["back.weight"].why
     fused = [line for name, line in lines.items() if name.startswith("attention.in_proj_weight")]
     assert fused
     assert all("not preconditioned" in line.why for line in fused)
@@ -303,6 +306,7 @@ def _rank(rank: int, world: int, folder: str) -> None:
     (F.cross_entropy(ddp(x[mine][3:]), y[mine][3:]) / 2).backward()
     opt.step()
     check(opt, model, expected)
+    torch.distributed.barrier()  # a rank whose peer has left aborts where it waits for it
     torch.distributed.destroy_process_group()
 
 
@@ -337,7 +341,45 @@ def test_a_layer_that_is_not_called_is_an_error_before_anything_changes() -> Non
     opt.step()
 
 
-def test_labels_of_an_unknown_loss_are_an_error() -> None:
+@pytest.mark.parametrize("fisher", ["mc", "exact", "empirical"])
+def test_a_loss_that_cannot_be_used_is_an_error_at_the_build(fisher: str) -> None:
+    with pytest.raises(ValueError, match="loss='cross_entropie' is unknown"):
+        gd.build(net(), Watcher(fisher=fisher), loss="cross_entropie")
+    for wrong in (F.cross_entropy, nn.CrossEntropyLoss(), nn.CrossEntropyLoss, LOSSES["mse"].terms):
+        with pytest.raises(TypeError, match=r"has no method 'terms'.*one of 'cross_entropy'"):
+            gd.build(net(), Watcher(fisher=fisher), loss=wrong)
+    opt = gd.build(net(), Watcher(fisher=fisher), loss=LOSSES["cross_entropy"])
+    with pytest.raises(ValueError, match="is unknown"):
+        opt.watch(net(), loss="cross_entropie")
+    with pytest.raises(TypeError, match="has no method"):
+        opt.watch(net(), loss=F.mse_loss)
+
+
+@pytest.mark.parametrize(("fisher", "method"), [("mc", "sample"), ("exact", "sqrt_hessian")])
+def test_a_loss_of_the_users_own_needs_what_fisher_asks(fisher: str, method: str) -> None:
+    class Half:
+        def terms(self, out: Tensor) -> int:
+            return len(out)
+
+    with pytest.raises(TypeError, match=f"loss=Half has no method '{method}', which fisher='{fisher}' needs"):
+        gd.build(net(), Watcher(fisher=fisher), loss=Half())
+    gd.build(net(), Watcher(), loss=Half())
+
+
+def test_a_watch_that_fails_leaves_the_last_one_in_place() -> None:
+    model, (x, y) = net(), data()
+    opt = gd.build(model, Watcher())
+    with pytest.raises(TypeError, match="has no method"):
+        opt.watch(model, loss=F.cross_entropy)
+    with pytest.raises(ValueError, match="is unknown"):
+        opt.watch(model, loss="cross_entropie")
+    expected = dense(model, x, y)
+    F.cross_entropy(model(x), y).backward()
+    opt.step()
+    check(opt, model, expected)
+
+
+def test_sampled_labels_of_no_loss_are_an_error_at_the_step() -> None:
     model, (x, y) = net(), data()
     opt = gd.build(model, Watcher(fisher="mc"))
     F.cross_entropy(model(x), y).backward()

@@ -15,6 +15,8 @@ from guided_descent.routing.roles import Block
 
 #: Bounds on pi, for factors of which one is nearly zero.
 PI = (1e-6, 1e6)
+#: Elements of a product that are in float64 at once.
+CHUNK = 1 << 18
 #: Candidates of ``cross_validated``, as multiples of the mean eigenvalue: ten for each factor of ten.
 GRID = torch.logspace(-6, 3, 91, dtype=torch.float64)
 
@@ -239,7 +241,8 @@ def two_steps(total: Mapping[str, Tensor]) -> tuple[float, float]:
 def strength(s: State, h: Hyper, key: str, rule: str) -> Number:
     """The damping lam under a rule: one number, or one for each block [B]."""
     if rule == "gcv":
-        return s["damping"]  # type: ignore[no-any-return]
+        value: Tensor = s["damping"]
+        return value
     lam: Number = h[key]
     return lam * s["damping_factor"] if rule == "lm" else lam
 
@@ -248,8 +251,13 @@ def strength(s: State, h: Hyper, key: str, rule: str) -> Number:
 
 
 def inner(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    """``<a, b>`` over all rows, added in float64."""
-    return torch.stack([torch.sum(p * q, dtype=torch.float64) for p, q in zip(a, b)]).sum()
+    """``<a, b>`` over all rows, multiplied and added in float64, some elements at a time."""
+    products = []
+    for p, q in zip(a, b):
+        size = CHUNK if p.device.type == "cpu" else 16 * CHUNK  # what stays in a cache, or is worth a kernel
+        pairs = zip(torch.split(p.reshape(-1), size), torch.split(q.reshape(-1), size))
+        products += [torch.dot(x.double(), y.double()) for x, y in pairs]
+    return torch.stack(products).sum()
 
 
 def quadratic(x: Batch, s: State, a: Tensor, b: Tensor) -> Tensor:

@@ -88,9 +88,10 @@ class MuonClip(Moonlight):
 
     ``m <- mu m + (1 - mu) g``; ``O = UV^T`` of ``m``; ``p <- p (1 - lr wd) - lr 0.2 sqrt(max(m, n)) O``. Then, with
     ``S_h`` the largest logit of head ``h`` in the forward of this step and ``gamma_h = min(1, tau / S_h)``, the rows of
-    that head in ``W_q`` and ``W_k`` and their biases are multiplied by ``sqrt(gamma_h)``. Give ``S`` by
-    ``optimizer.note("max_logits", {attention module: S})``, for example with ``capture.attention.AttentionLogits``.
-    Queries and keys of a module must be in one param group.
+    that head in ``W_q`` and ``W_k`` and their biases are multiplied by ``sqrt(gamma_h)``. Built from a model, the
+    optimizer reads ``S`` off the attention calls of the forward pass by itself (``capture.attention``); where none is
+    seen, as in attention written out by hand, give it by ``optimizer.note("max_logits", {attention module: S})`` before
+    each step. Queries and keys of a module must be in one param group.
     """
 
     nesterov: bool = static(False, help="orthogonalise the look-ahead momentum")
