@@ -32,8 +32,8 @@ class KFAC(Recipe):
     ``Ghat = (B + sqrt(lam) / pi I)^-1 G (A + pi sqrt(lam) I)^-1``, or with ``damping_form="eigenbasis"`` and
     ``refresh_method="eigh"`` exactly damped, ``Q_B [(Q_B^T G Q_A) / (l_B l_A^T + lam)] Q_A^T``; all layers times
     ``nu = min(1, sqrt(kl_clip / |sum lr^2 <Ghat, G>|))``; ``b <- mu b + nu Ghat``; ``p <- p - lr b``. Needs the
-    model and its ``loss``. Linear layers and convolutions (also in groups; depthwise ones by a rule ``role="conv"``) with
-    their biases, embeddings and heads are preconditioned.
+    model and its ``loss``. Linear layers and convolutions (in groups too; depthwise ones by a rule ``role="conv"``)
+    with their biases, embeddings and heads are preconditioned.
     """
 
     matrix = True
