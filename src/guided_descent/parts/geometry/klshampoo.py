@@ -67,7 +67,7 @@ class KLEigenbasis(Eigenbasis):
         m, n = g.shape[-2:]
         for (side, a), count in zip(transposes(g), (n, m)):
             if side in s:
-                average(s[side], a, a.mT, self.memory(h), 1 / count)
+                average(s[side], a, self.memory(h), 1 / count)
                 s[f"{side}_values"].fill_(FIRST_VALUE)
 
     def solve(self, inputs: Sequence[Tensor], h: Hyper) -> Found:
@@ -174,14 +174,14 @@ def whiten(x: Batch, g: Tensor, s: State, roots: Mapping[str, Tensor], beta: Num
     both.square_()
     if right is not None:
         half.mul_(1.0 if left is None else left.unsqueeze(-1))
-        average(s["right"], half.mT, half, beta, 1 / m)
+        average(s["right"], half.mT, beta, 1 / m)
         _follow(s["right_values"], both.mT, left, beta)
     if left is not None:
         if right is None:
             half.copy_(g)
         else:
             torch.matmul(g, s["right_basis"], out=half).mul_(right.unsqueeze(-2))
-        average(s["left"], half, half.mT, beta, 1 / n)
+        average(s["left"], half, beta, 1 / n)
         _follow(s["left_values"], both, right, beta)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from guided_descent.linalg.eigen import FAILED, eigenbasis, matching, off_diagonal, track_basis
+from guided_descent.linalg.gram import add_gram
 from guided_descent.parts.base import Batch, Found, Hyper, Part, Slot, State, Task, Unit
 from guided_descent.parts.estimate import AdamMoments
 from guided_descent.parts.rows import Number
@@ -86,7 +87,7 @@ class Eigenbasis(Slow):
         """Advance the factors with a gradient."""
         for side, a in transposes(g):
             if side in s:
-                average(s[side], a, a.mT, self.memory(h))
+                average(s[side], a, self.memory(h))
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Advance the factors, then run the inner part between a rotation and its inverse."""
@@ -182,13 +183,12 @@ def factor_memory(h: Hyper, beta: str, betas: str) -> Number:
     return memory
 
 
-def average(factor: Tensor, a: Tensor, b: Tensor, beta: Number, scale: float = 1.0) -> None:
-    """``F <- beta F + (1 - beta) scale A B``, without a temporary where the weight is a plain number."""
+def average(factor: Tensor, a: Tensor, beta: Number, scale: float = 1.0) -> None:
+    """``F <- beta F + (1 - beta) scale A A^T``, without a temporary where the weight is a plain number."""
     if isinstance(beta, Tensor):
-        factor.lerp_((a @ b).mul_(scale), (1 - beta).to(factor.dtype))
+        factor.lerp_((a @ a.mT).mul_(scale), (1 - beta).to(factor.dtype))
     else:
-        flat = factor.view(-1, *factor.shape[-2:])
-        flat.baddbmm_(a.flatten(0, -3), b.flatten(0, -3), beta=beta, alpha=(1 - beta) * scale)
+        add_gram(factor, a, beta=beta, alpha=(1 - beta) * scale)
 
 
 def rotate(x: Batch, value: Tensor, s: State, *, into: bool, dtype: str = "float32") -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from guided_descent.linalg.eigen import FAILED, eigenbasis
+from guided_descent.linalg.gram import add_gram
 from guided_descent.linalg.norms import power_iteration
 from guided_descent.linalg.roots import inverse_root
 from guided_descent.parts.base import Batch, Found, Hyper, Part, Slot, State, Task, Unit
@@ -114,9 +115,9 @@ class KroneckerRoots(Slow):
             if side not in s:
                 continue
             if self.cumulative:
-                s[side].view(-1, *s[side].shape[-2:]).baddbmm_(a.flatten(0, -3), a.mT.flatten(0, -3))
+                add_gram(s[side], a)
             else:
-                average(s[side], a, a.mT, memory)
+                average(s[side], a, memory)
 
     def _start(self, x: Batch, s: State, h: Hyper) -> None:
         """The first roots; the identity where there is none, which is counted."""

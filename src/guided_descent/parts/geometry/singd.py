@@ -201,7 +201,7 @@ class InverseFree(Reading):
             d = d if approx == "expand" else d.sum(1, keepdim=True)
             d = d.flatten(0, 1)
             if io.groups > 1:  # blocks on the output side: a row has zeros outside its group
-                apart = d.unflatten(1, (io.groups, -1)).transpose(0, 1)
+                apart = d.view(len(d), io.groups, -1).transpose(0, 1)
                 if len(d) > apart.shape[2]:  # fewer rows with the same sums of products
                     apart = torch.linalg.qr(apart, mode="r").R
                 made = d.new_zeros(io.groups, apart.shape[1], io.groups, apart.shape[2])
