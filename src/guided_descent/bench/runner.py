@@ -57,11 +57,23 @@ def build_optimizer(model: nn.Module, spec: OptimizerSpec) -> Optimizer:
 
 
 def knowing(spec: OptimizerSpec, problem: Problem) -> OptimizerSpec:
-    """The spec with the problem's loss, for a recipe that samples labels from it and was not told another."""
+    """The spec with the problem's loss, for a recipe that samples labels from it and was not told another.
+
+    Raises:
+        BenchError: It samples labels and neither the problem nor the spec names the loss.
+    """
     from guided_descent.recipes import REGISTRY
 
     info = REGISTRY.get(spec.name)
-    if info is None or not info.cls.reads_layers or problem.likelihood is None or "loss" in spec.hyper:
+    if info is None or not info.cls.reads_layers or "loss" in spec.hyper:
+        return spec
+    if problem.likelihood is None:
+        fisher = spec.hyper.get("fisher", info.cls().values()["fisher"])
+        if fisher in ("mc", "exact"):
+            raise BenchError(
+                f"optimizer {spec.name!r} samples labels from the model (fisher={fisher!r}) and this task names no "
+                f"loss: give its Problem outputs, targets and likelihood, or use {spec.name}:fisher=empirical"
+            )
         return spec
     return replace(spec, hyper={**spec.hyper, "loss": problem.likelihood})
 
@@ -142,6 +154,7 @@ def train(
         task = load_problem(problem, seed)
         steps = task.steps if steps is None else steps
         eval_every = eval_every or task.eval_every or max(1, steps // 12)
+        known = knowing(spec, task)
         config = describe(problem, task, spec, schedule, seed=seed, steps=steps, eval_every=eval_every)
         make_folder(folder)
         with _lock(folder):
@@ -151,7 +164,7 @@ def train(
             if finished is not None:
                 return finished
             try:
-                optimizer = build_optimizer(task.model, knowing(spec, task))
+                optimizer = build_optimizer(task.model, known)
             except (TypeError, ValueError, KeyError) as error:
                 raise BenchError(f"optimizer {spec.name!r}: {' '.join(str(error).split())}") from error
             scheduler = build_schedule(optimizer, schedule, steps)
