@@ -99,6 +99,7 @@ def methods() -> dict[str, Method]:
     """Every method of the tables."""
     t = torch.optim
     spectral, kronecker = ("gpt-6x512", "gpt-4x768", "autoencoder"), ("gpt-2x256", "autoencoder")
+    shampoo = {"precondition_frequency": 10, "start_preconditioning_step": 1, "graft": "rmsprop"}
     found = {
         "sgd": Method(
             [
@@ -140,6 +141,7 @@ def methods() -> dict[str, Method]:
                 *peer("pytorch_optimizer", "SOAP", precondition_frequency=10),
                 *peer("heavyball", "SOAP", precondition_frequency=10, use_precond_schedule=False, merge_dims=False),
                 ours("soap", precondition_frequency=10),
+                ours("soap", "ours bfloat16", precondition_frequency=10, product_dtype="bfloat16"),
             ],
             block=10,
             sets=kronecker,
@@ -154,7 +156,8 @@ def methods() -> dict[str, Method]:
                     start_preconditioning_step=1,
                     graft_type=3,
                 ),
-                ours("shampoo", precondition_frequency=10, start_preconditioning_step=1, graft="rmsprop"),
+                ours("shampoo", **shampoo),
+                ours("shampoo", "ours bfloat16", product_dtype="bfloat16", **shampoo),
             ],
             block=10,
             sets=kronecker,
@@ -165,7 +168,11 @@ def methods() -> dict[str, Method]:
             sets=kronecker,
         ),
         "splus": Method(
-            [*peer("pytorch_optimizer", "SPlus", inverse_steps=20), ours("splus", precondition_frequency=20)],
+            [
+                *peer("pytorch_optimizer", "SPlus", inverse_steps=20),
+                ours("splus", precondition_frequency=20),
+                ours("splus", "ours bfloat16", precondition_frequency=20, product_dtype="bfloat16"),
+            ],
             block=20,
             sets=kronecker,
         ),
