@@ -1,6 +1,7 @@
 """Write the frozen checkpoint of a recipe: once, in the commit that adds it, and never again for the same format.
 
     python tests/oracles/state/freeze.py adamw muon
+    python tests/oracles/state/freeze.py kfac+cholesky      # once more, where a default has come to choose other state
 
 A file holds the parameters and state dict after some steps, three sets of gradients and the parameters that follow.
 """
@@ -20,10 +21,11 @@ from drive import SMALL, Net, evaluations, fill, has, make, parameters, push, ta
 from guided_descent.recipes import REGISTRY  # noqa: E402
 
 
-def freeze(key: str) -> Path:
-    """Make the file of one recipe."""
+def freeze(name: str) -> Path:
+    """Make the file of one recipe; what follows a + in the name tells its files apart."""
     torch.set_num_threads(1)
-    path = HERE / "format-1" / f"{key}.pt"
+    key = name.partition("+")[0]
+    path = HERE / "format-1" / f"{name}.pt"
     if path.exists():
         raise SystemExit(f"{path} exists: a frozen file is never rewritten")
     net = Net()
