@@ -420,6 +420,12 @@ def test_frozen_here_and_trained_there(key: str) -> None:
 def test_a_file_of_format_1_loads_and_continues(key: str) -> None:
     path = GOLDEN / f"{key}.pt"
     assert path.exists(), f"write it once, when the recipe is new: python tests/oracles/state/freeze.py {key}"
+    for file in (path, *sorted(GOLDEN.glob(f"{key}+*.pt"))):
+        load_and_continue(key, file)
+
+
+def load_and_continue(key: str, path: Path) -> None:
+    """The steps after a frozen file are those that followed when it was written."""
     saved = torch.load(path, weights_only=True)
     net = Net()
     net.load_state_dict(saved["model"])
