@@ -320,7 +320,12 @@ def test_accumulation_equals_the_whole_batch(fisher: str) -> None:
 def test_it_trains_with_its_defaults() -> None:
     x = rand(256, 8, seed=1).float()
     y = (x[:, 0] * x[:, 1] > 0).long() + (x[:, 2] > 0).long()
-    for options in ({}, {"damping_form": "pi"}, {"refresh_lag": 2}, {"step": "quadratic", "lr": 0.5, "damping": 0.05}):
+    for options in (
+        {},
+        {"damping_form": "pi"},
+        {"refresh_lag": 2},
+        {"step": "quadratic_factored", "lr": 0.5, "damping": 0.05},
+    ):
         torch.manual_seed(1)
         net = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 3))
         opt = gd.optimizer("kfac", net, loss="cross_entropy", **options)

@@ -24,7 +24,7 @@ from guided_descent.engine.compiled import Compiled
 from guided_descent.engine.observing import Observer
 from guided_descent.engine.policies import PATIENCE, NonFiniteError, all_finite, culprits
 from guided_descent.engine.refresh import Refresher
-from guided_descent.engine.state import HALF
+from guided_descent.engine.state import HALF, work_dtype
 from guided_descent.linalg.workspace import Workspace
 from guided_descent.parts.base import WRITERS, Batch, Part
 from guided_descent.parts.rows import Rows
@@ -84,6 +84,7 @@ class Engine:
         self.refresher = Refresher(self)
         self.observer: Observer | None = None
         self.process_group: Any = None  # the ranks of a DistributedDataParallel model
+        self.objective: Any = None  # what the running step was given
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but scratch, graphs and hooks on the model."""
@@ -130,13 +131,16 @@ class Engine:
         plan = self.bind_current()
         active = [i for i, g in enumerate(gradients) if g is not None]
         judging = self._judging(plan, closure)
+        self._check_products(plan, closure)
+        self.objective = closure
         steps = self.groups[0]["steps"]
         try:
             self._update(plan, gradients, active, closure)
             if judging and closure is not None and loss is not None and self.groups[0]["steps"] > steps:
-                self._judge(judging, closure, float(loss))
+                self._judge(judging, closure, _number(loss))
             return loss
         finally:
+            self.objective = None
             self.notes.clear()
             if self.observer is not None:
                 self.observer.arm()
@@ -181,6 +185,19 @@ class Engine:
             )
         return found
 
+    @staticmethod
+    def _check_products(plan: Plan, closure: Callable[[], Any] | None) -> None:
+        """Before anything changes: a part that multiplies by the curvature has been given what it takes."""
+        if hasattr(closure, "products") and getattr(closure, "curved", True):
+            return
+        names = sorted({type(part).__name__ for b in plan.buckets for part in b.parts if part.multiplies})
+        if names:
+            raise ValueError(
+                f"{', '.join(names)} multiplies by the Gauss-Newton matrix of the batch: call step(Objective(outputs="
+                "lambda: model(x), likelihood=Likelihood('cross_entropy', y), closure=closure)) of "
+                "guided_descent.solvers, or choose the factored form"
+            )
+
     def _judge(self, judging: Sequence[tuple[int, Part]], closure: Callable[[], Any], before: float) -> None:
         """Evaluate the batch again; the gradients stay those of the step."""
         tensors = [tensor for group in self.groups for tensor in group["params"]]
@@ -190,7 +207,7 @@ class Engine:
         if self.observer is not None:
             self.observer.capture.disarm()
         with torch.enable_grad():
-            after = float(closure())
+            after = _number(closure())
         for tensor, grad in zip(tensors, kept):
             tensor.grad = grad
         for group, part in judging:
@@ -356,10 +373,32 @@ class Engine:
             part = w.parts[w.position]
             if part in ready and w.batch is not None:
                 self._add(found, part, part.sums(w.batch, w.slice.state, self.groups[w.bucket.group]))
+        for part in ready:
+            if part.multiplies:
+                found[part]["products"] = self._products(part, [w for w in waiting if w.parts[w.position] == part])
         for part, total in found.items():
             for group in {w.bucket.group for w in waiting if w.parts[w.position] == part}:
                 part.combine(total, self.groups[group]["extra"], self.groups[group])
         return found
+
+    def _products(self, part: Part, works: Sequence[Work]) -> Tensor:
+        """``v_i^T G v_j`` of a part's directions, G the Gauss-Newton matrix of the batch, the mean over ranks."""
+        parameters = self.bind_current().parameters
+        vectors: list[list[Tensor]] = []
+        for w in works:
+            assert w.batch is not None
+            for k, rows in enumerate(part.directions(w.batch, w.slice.state, self.groups[w.bucket.group])):
+                if k == len(vectors):
+                    vectors.append([torch.zeros_like(p.tensor, dtype=work_dtype(p.tensor.dtype)) for p in parameters])
+                for view, row in zip(w.slice.gradients(vectors[k]).list, rows.list):
+                    view.copy_(row)
+        if self.observer is not None:
+            self.observer.capture.disarm()
+        products: Tensor = self.objective.products([p.tensor for p in parameters], vectors)
+        if self.process_group is not None:
+            torch.distributed.all_reduce(products, group=self.process_group)
+            products /= torch.distributed.get_world_size(self.process_group)
+        return products
 
     @staticmethod
     def _add(totals: Totals, part: Part, values: Mapping[str, Tensor]) -> None:
@@ -571,3 +610,8 @@ def _warn_half_once(dtype: torch.dtype) -> None:
             UserWarning,
             stacklevel=6,
         )
+
+
+def _number(loss: Any) -> float:
+    """A loss as a number, whether or not it has a graph."""
+    return float(loss.detach() if isinstance(loss, Tensor) else loss)

@@ -298,6 +298,22 @@ class Part:
         """Scalars that the engine adds over all batches, groups and ranks before ``update`` gets them as ``total``."""
         return {}
 
+    @property
+    def multiplies(self) -> bool:
+        """Whether the engine is to multiply its ``directions`` by the Gauss-Newton matrix G of the batch.
+
+        It needs ``step(objective)`` with an objective that has ``products``, such as ``solvers.Objective``.
+        """
+        return False
+
+    def directions(self, x: Batch, s: State, h: Hyper) -> tuple[Rows, ...]:
+        """Displacements of the parameters, ``v_1 ... v_k``; the total then holds ``products``, ``v_i^T G v_j`` [k, k].
+
+        The vectors are those of all batches together, zero where a parameter has none, and G is exact: it couples
+        layers. Called after ``sums``, and read at once.
+        """
+        return ()
+
     def combine(self, total: Mapping[str, Tensor], shared: State, h: Hyper) -> None:
         """Fold the totals into the group's shared scalars, once in a step."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from guided_descent.parts.base import Batch, Hyper, Part, Slot, State
-from guided_descent.parts.rows import Number
+from guided_descent.parts.rows import Number, Rows
 from guided_descent.routing.roles import Block
 
 #: Bounds on pi, for factors of which one is nearly zero.
@@ -114,7 +114,8 @@ class LevenbergMarquardt(Part):
     """Adapt the damping to how well the quadratic model has predicted the loss.
 
     In the update it notes ``q = g^T delta + delta^T F delta / 2`` for the step ``delta = -lr u`` that is about to be
-    taken, with the Kronecker-factored F of ``Kfac`` without damping, over all blocks and ranks. Every
+    taken, with the Kronecker-factored F of ``Kfac`` without damping, over all blocks and ranks, or with ``exact`` that
+    of the batch (``Part.directions``). Every
     ``damping_interval`` steps ``judge`` compares it with what the same batch's loss has done:
     ``rho = (f(p + delta) - f(p)) / q``; below 1/4 the group's ``damping_factor`` is divided by
     ``omega^interval``, above 3/4 multiplied by it, within ``[1e-8 / damping, 1e8]``. Decoupled weight decay and other
@@ -127,6 +128,7 @@ class LevenbergMarquardt(Part):
     damping: str = "damping"
     interval: str = "damping_interval"
     omega: str = "damping_omega"
+    exact: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -141,13 +143,24 @@ class LevenbergMarquardt(Part):
         """``g^T delta`` and ``delta^T F delta``."""
         u = x.spare("lm").copy_(x.u)
         rate = float(h[self.lr]) * x.lr_scale * x.factor
-        slope = inner(x.g.list, u.list)
-        bend = quadratic(x, s, u.whole, u.whole)
-        return {"slope": -rate * slope, "bend": rate * rate * bend.sum()}
+        found = {"slope": -rate * inner(x.g.list, u.list)}
+        if not self.exact:
+            found["bend"] = rate * rate * quadratic(x, s, u.whole, u.whole).sum()
+        return found
+
+    @property
+    def multiplies(self) -> bool:
+        """Where the model is exact."""
+        return self.exact
+
+    def directions(self, x: Batch, s: State, h: Hyper) -> tuple[Rows, ...]:
+        """``delta``."""
+        return (x.spare("lm").copy_(x.u).mul_(-float(h[self.lr]) * x.lr_scale * x.factor),)
 
     def combine(self, total: Mapping[str, Tensor], shared: State, h: Hyper) -> None:
         """Note the predicted change."""
-        shared["predicted_change"].copy_(total["slope"] + total["bend"] / 2)
+        bend = total["products"][0, 0] if self.exact else total["bend"]
+        shared["predicted_change"].copy_(total["slope"] + bend / 2)
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Leave the direction as it is."""
@@ -176,9 +189,10 @@ class QuadraticStep(Part):
 
     ``[d^T M d, d^T M v; d^T M v, v^T M v] (alpha, mu)^T = -(g^T d, g^T v)^T``,
 
-    with sums over all blocks, groups and ranks in float64; v is dropped where the system is singular. F is the
-    Kronecker-factored Fisher of ``Kfac`` with its running factors, not the exact one on the batch as in the paper, and
-    without products between layers. The direction becomes ``-delta``, so that the learning rate is a multiplier: 1
+    with sums over all blocks, groups and ranks in float64; v is dropped where the system is singular. With ``exact`` F
+    is the Gauss-Newton matrix of the batch, as in the paper, at the price of a forward and about five backward passes
+    (``Part.directions``); else it is the Kronecker-factored Fisher of ``Kfac`` with its running factors, without
+    products between layers. The direction becomes ``-delta``, so that the learning rate is a multiplier: 1
     takes the model at its word. ``coupled`` names the key of a coupled decay wd, which is then a part of g and of M.
     State: ``last_step``, shaped like the parameter. Source: Martens and Grosse 2015, 1503.05671, section 7.
     """
@@ -187,6 +201,7 @@ class QuadraticStep(Part):
     damping: str = "damping"
     rule: str = "fixed"
     coupled: str = ""
+    exact: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -212,8 +227,18 @@ class QuadraticStep(Part):
         found = {"gu": slope_u, "gv": slope_v}
         for name, a, b in (("uu", u, u), ("uv", u, v.whole), ("vv", v.whole, v.whole)):
             plain = torch.sum(a * b, dim=(-2, -1), dtype=torch.float64)
-            found[name] = (quadratic(x, s, a, b) + ridge * plain).sum()
+            bend = 0.0 if self.exact else quadratic(x, s, a, b)
+            found[name] = (bend + ridge * plain).sum()
         return found
+
+    @property
+    def multiplies(self) -> bool:
+        """Where the model is exact."""
+        return self.exact
+
+    def directions(self, x: Batch, s: State, h: Hyper) -> tuple[Rows, ...]:
+        """``u`` and ``v``."""
+        return x.take(), x.spare("quadratic").copy_(s["last_step"])
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Make ``-delta`` the direction and keep delta."""
@@ -230,6 +255,9 @@ class QuadraticStep(Part):
 def two_steps(total: Mapping[str, Tensor]) -> tuple[float, float]:
     """``alpha`` and ``mu`` of ``QuadraticStep`` from the products with u = -d; ``mu = 0`` where they are dependent."""
     uu, uv, vv, gu, gv = (float(total[name]) for name in ("uu", "uv", "vv", "gu", "gv"))
+    if "products" in total:
+        exact = total["products"].tolist()
+        uu, uv, vv = uu + exact[0][0], uv + exact[0][1], vv + exact[1][1]
     if not uu > 0:
         return 0.0, 0.0
     det = uu * vv - uv * uv

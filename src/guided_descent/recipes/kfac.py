@@ -17,6 +17,7 @@ from guided_descent.routing.roles import Block, Role
 
 FISHERS = ("mc", "exact", "empirical", "forward")
 APPROXES = ("expand", "reduce")
+STEPS = ("momentum", "quadratic", "quadratic_factored")
 
 
 @recipe(
@@ -34,13 +35,16 @@ class KFAC(Recipe):
     ``nu = min(1, sqrt(kl_clip / |sum lr^2 <Ghat, G>|))``; ``b <- mu b + nu Ghat``; ``p <- p - lr b``. Needs the
     model and its ``loss``. Linear layers and convolutions (in groups too; depthwise ones by a rule ``role="conv"``)
     with their biases, embeddings and heads are preconditioned.
+
+    With ``step="quadratic"`` step size and momentum minimise the quadratic model of the batch, whose curvature is exact
+    and couples layers: call ``opt.step(Objective(outputs=..., likelihood=..., closure=...))`` with lr 1.
     """
 
     matrix = True
     reads_layers = True
     joins_bias = True
 
-    lr: float = hyper(0.1, ge=0, help="learning rate; a multiplier of the model's own step where step='quadratic'")
+    lr: float = hyper(0.1, ge=0, help="learning rate; a multiplier of the model's own step unless step='momentum'")
     momentum: float = hyper(0.9, ge=0, lt=1, help="momentum of the preconditioned gradient")
     dampening: float = hyper(0.0, ge=0, le=1, help="share of a new direction that the momentum leaves out")
     damping: float = hyper(0.03, ge=0, help="lam, in units of the curvature; grows with the loss")
@@ -62,7 +66,7 @@ class KFAC(Recipe):
     sides: str = static("both", of=tuple(CHOICES), help="right: the inputs alone (FOOF); left: the gradients alone")
     damping_form: str = static("pi", of=FORMS, help="factored with pi, or the exact inverse")
     damping_rule: str = static("fixed", of=RULES, help="fixed, Levenberg-Marquardt, or generalised cross-validation")
-    step: str = static("momentum", of=("momentum", "quadratic"), help="quadratic: step and momentum from the model")
+    step: str = static("momentum", of=STEPS, help="quadratic: step and momentum from the batch's curvature, or factors")
     decay: str = static("decoupled", of=(*DECAYS, "coupled"), help="coupled: into the gradient, before the metric")
     max_dim: int = static(8192, help="longer sides have a diagonal factor")
     product_dtype: str = product_dtype()
@@ -110,12 +114,13 @@ class KFAC(Recipe):
         coupled = "weight_decay" if self.decay == "coupled" else ""
         decay: Part = L2() if coupled else Decoupled(independent=self.decay == "independent")
         parts: list[Part] = [self.geometry(), KlClip(coupled=coupled), decay, Descend()]
-        if self.step == "quadratic":
-            parts.append(QuadraticStep(rule=self.damping_rule, coupled=coupled))
-        else:
+        exact = self.step == "quadratic"
+        if self.step == "momentum":
             parts.append(Momentum().at("momentum"))
+        else:
+            parts.append(QuadraticStep(rule=self.damping_rule, coupled=coupled, exact=exact))
         if self.damping_rule == "lm":
-            parts.append(LevenbergMarquardt())
+            parts.append(LevenbergMarquardt(exact=exact))
         return Parts(*parts)
 
 
@@ -151,7 +156,7 @@ class FOOF(KFAC):
     the squared inputs.
     """
 
-    lr: float = hyper(0.03, ge=0, help="learning rate; a multiplier of the model's own step where step='quadratic'")
+    lr: float = hyper(0.03, ge=0, help="learning rate; a multiplier of the model's own step unless step='momentum'")
     damping: float = hyper(0.1, ge=0, help="lam, in units of the squared inputs")
     kl_clip: float | None = hyper(None, gt=0, optional=True, help="bound on lr^2 <Ghat, G>, or None")
     factor_frequency: int = hyper(1, ge=1, help="steps between captures of the layers, which cost little here")

@@ -69,7 +69,7 @@ class Linearization:
                 found = torch.autograd.grad(self.z, self.parameters, u, create_graph=True, allow_unused=True)
             self._back = u, list(found)
         u, back = self._back
-        pieces = [piece.view_as(p) for piece, p in zip(torch.split(v, self.sizes), self.parameters)]
+        pieces = [piece.view_as(p).to(p.dtype) for piece, p in zip(torch.split(v, self.sizes), self.parameters)]
         pairs = [(b, piece) for b, piece in zip(back, pieces) if b is not None and b.requires_grad]
         (jv,) = torch.autograd.grad([b for b, _ in pairs], u, [piece for _, piece in pairs], retain_graph=True)
         return self._root_t(jv).reshape(-1)

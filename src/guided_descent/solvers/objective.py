@@ -104,6 +104,27 @@ class Objective:
         """``scale``, or one over the number of residuals."""
         return self.scale if self.scale is not None else 1 / r.numel()
 
+    def products(self, parameters: Sequence[Tensor], vectors: Sequence[Sequence[Tensor]]) -> Tensor:
+        """``v_i^T G v_j`` for displacements of the parameters [k, k], in float64.
+
+        G is the Gauss-Newton matrix of the loss at the parameters' present values. One forward and one backward pass,
+        and two backward passes for each vector.
+
+        Args:
+            parameters: The trainable parameters.
+            vectors: k of them, each with one tensor for each parameter.
+
+        Raises:
+            TypeError: There are neither residuals nor outputs, or they do not come from the parameters.
+        """
+        from guided_descent.solvers.curvature import Linearization
+
+        if not self.curved:
+            raise TypeError(f"products with the Gauss-Newton matrix need residuals or outputs: {HOW}")
+        made = Linearization(self, parameters, lambda products: None)
+        rows = torch.stack([made.forward(flatten(vector, parameters)) for vector in vectors]).double()
+        return rows @ rows.mT
+
     def gradient(self, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The loss, detached, and its flat gradient ``[P]``; a parameter without influence has zeros.
 
