@@ -38,6 +38,7 @@ Task = tuple[nn.Module, Callable[[nn.Module], Tensor], str]
 EXACT = {"damping_form": "eigenbasis", "refresh_method": "eigh"}
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "kfac": ("kfac", {}),
+    "kfac, bfloat16": ("kfac", {"product_dtype": "bfloat16"}),
     "kfac, all at once": ("kfac", {"refresh_schedule": "every"}),
     "kfac, background": ("kfac", {"refresh_lag": 5}),
     "kfac, drift .1": ("kfac", {"refresh_tolerance": 0.1}),
