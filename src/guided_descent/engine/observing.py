@@ -79,7 +79,10 @@ class Observer:
         if not shapes:
             return None
         return {
-            name: torch.stack([row.get(name, torch.zeros_like(like)) for row in rows]) for name, like in shapes.items()
+            name: torch.stack([row[name] if name in row else torch.zeros_like(like) for row in rows])
+            if len(rows) > 1
+            else rows[0][name][None]
+            for name, like in shapes.items()
         }
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor
 from guided_descent.parts.base import Batch, Found, Hyper, Slot, State
 from guided_descent.parts.damping import add_joint
 from guided_descent.parts.geometry.kfac import Kfac, spectrum
-from guided_descent.parts.geometry.reading import chunks, gather, over
+from guided_descent.parts.geometry.reading import chunks, finite, gather, over
 from guided_descent.routing.roles import Block
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Ekfac(Kfac):
                 count += terms
         if h[self.fisher] == "empirical":
             mean *= over(x.seen["count"].square(), scales)
-        good = (count > 0) & (weight > 0) & mean.flatten(1).isfinite().all(1)
+        good = (count > 0) & (weight > 0) & finite(mean)
         mean = torch.where(over(good, scales), mean, scales)
         scales.lerp_(mean, over(weight, scales).to(scales.dtype))
         return weight

@@ -13,7 +13,7 @@ from guided_descent.linalg.eigen import eigenbasis, off_diagonal
 from guided_descent.parts.base import Batch, Found, Hyper, Slot, State, Task
 from guided_descent.parts.damping import add_joint, cross_validated, dominant, factored, strength
 from guided_descent.parts.geometry.kronecker import SIDES, basis_results, next_basis, rotate
-from guided_descent.parts.geometry.reading import Reading, admit, estimate, gather, hold_uncaptured, over
+from guided_descent.parts.geometry.reading import Reading, admit, estimate, finite, gather, hold_uncaptured, over
 from guided_descent.parts.rows import Number
 from guided_descent.parts.slow import Slow
 from guided_descent.routing.roles import Block, Role
@@ -129,14 +129,16 @@ class Kfac(Reading, Slow):
             return None
         found = {side: estimate(seen, side, self.empirical(h)) for side in SIDES if side in s}
         fresh = torch.stack([has for _, has in found.values()]).all(0)
-        good = torch.stack([value.flatten(1).isfinite().all(1) for value, _ in found.values()]).all(0)
+        good = torch.stack([finite(value) for value, _ in found.values()]).all(0)
         fresh = admit(x, s, fresh, good)
         captures = s["captures"]
         weight: Tensor = (1 / captures.clamp(min=1).double()).clamp(min=1 - h[self.decay]) * fresh
+        everywhere = bool(fresh.all())
         for side, (value, _) in found.items():
             factor = s[side]
-            value = torch.where(over(fresh, factor), value.to(factor.dtype), factor)
-            factor.lerp_(value, over(weight, factor).to(factor.dtype))
+            if not everywhere:
+                value = torch.where(over(fresh, factor), value.to(factor.dtype), factor)
+            factor.lerp_(value.to(factor.dtype), over(weight, factor).to(factor.dtype))
         self.start(x, s, h, fresh & (captures == 1))
         return weight
 

@@ -13,7 +13,7 @@ from guided_descent.parts.base import Batch, Found, Hyper, Slot, State, Task
 from guided_descent.parts.damping import PI
 from guided_descent.parts.geometry.kfac import Kfac
 from guided_descent.parts.geometry.kronecker import SIDES, sandwich
-from guided_descent.parts.geometry.reading import hold_uncaptured, over
+from guided_descent.parts.geometry.reading import finite, hold_uncaptured, over
 from guided_descent.routing.roles import Block
 
 
@@ -105,7 +105,7 @@ class KfacInverse(Kfac):
         damped.diagonal(dim1=-2, dim2=-1).add_(shift[:, None])
         root, info = torch.linalg.cholesky_ex(damped)
         inverse = torch.cholesky_inverse(root)
-        bad = (info != 0) | ~inverse.flatten(1).isfinite().all(1)
+        bad = (info != 0) | ~finite(inverse)
         fallbacks = torch.zeros(len(factor), dtype=torch.int8, device=factor.device)
         for row in bad.nonzero().flatten().tolist():
             inverse[row], fallbacks[row] = _by_eigenvalues(factor[row], shift[row], kept[row])

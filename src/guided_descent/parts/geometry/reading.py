@@ -85,6 +85,14 @@ def estimate(seen: Mapping[str, Tensor], side: str, empirical: bool) -> tuple[Te
     return value, has
 
 
+def finite(value: Tensor) -> Tensor:
+    """Which rows of [B, ...] hold neither NaN nor infinity [B]; both ends of their range, which is one pass each."""
+    flat = value.flatten(1)
+    if not flat.numel():
+        return torch.ones(len(flat), dtype=torch.bool, device=flat.device)
+    return flat.amax(1).isfinite() & flat.amin(1).isfinite()
+
+
 def chunks(io: LayerIO, each: int) -> Iterator[LayerIO]:
     """The samples of a layer in runs whose per-sample matrices of ``each`` elements fit the memory that is allowed."""
     step = max(1, CHUNK // max(each, 1))

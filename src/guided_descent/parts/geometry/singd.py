@@ -12,7 +12,7 @@ from torch import Tensor
 
 from guided_descent.parts.base import Batch, Hyper, Slot, State
 from guided_descent.parts.geometry.kronecker import SIDES
-from guided_descent.parts.geometry.reading import Reading, admit, gather, hold_uncaptured, over
+from guided_descent.parts.geometry.reading import Reading, admit, finite, gather, hold_uncaptured, over
 from guided_descent.routing.roles import Block
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ class InverseFree(Reading):
         counts = {side: seen[f"{side}.count"] for side in SIDES}
         fresh = (counts["left"] > 0) & (counts["right"] > 0)
         first = s["captures"] == 0
-        good = admit(x, s, fresh, torch.stack([seen[side].isfinite().all(1) for side in SIDES]).all(0))
+        good = admit(x, s, fresh, torch.stack([finite(seen[side]) for side in SIDES]).all(0))
         factor, traces, lengths, grams = {}, {}, {}, {}
         for side, structure in structures.items():
             root = s[f"{side}_root"]
