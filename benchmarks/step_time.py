@@ -113,12 +113,19 @@ def run(name: str, method: Method, set_name: str, rounds: int) -> dict[str, obje
     shapes = SETS[set_name](method.matrices)
     arms: list[tuple[Contestant, Callable[[], object], torch.optim.Optimizer]] = []
     first: dict[str, float] = {}
+    failed: dict[str, str] = {}
     for contestant in method.contestants:
         params = parameters(shapes)
         optimizer = contestant.make(params)
         step = fed(optimizer, params)
-        first[contestant.name] = cpu(step, 1)[0]
-        cpu(step, max(2, method.block))
+        try:
+            first[contestant.name] = cpu(step, 1)[0]
+            cpu(step, max(2, method.block))
+        except Exception as error:  # another library's step may fail here, and the table says so
+            if contestant.ours:
+                raise
+            failed[contestant.name] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:120]
+            continue
         arms.append((contestant, step, optimizer))
     times: dict[str, list[float]] = {contestant.name: [] for contestant, _, _ in arms}
     single: dict[str, list[float]] = {contestant.name: [] for contestant, _, _ in arms}
@@ -127,7 +134,7 @@ def run(name: str, method: Method, set_name: str, rounds: int) -> dict[str, obje
             found = cpu(step, method.block)
             single[contestant.name] += found
             times[contestant.name].append(sum(found) / method.block)
-    reference = method.contestants[0].name
+    reference = arms[0][0].name
     rows = []
     for contestant, step, optimizer in arms:
         mine = times[contestant.name]
@@ -158,6 +165,7 @@ def run(name: str, method: Method, set_name: str, rounds: int) -> dict[str, obje
         "tensors": len(shapes),
         "elements": elements,
         "rounds": rounds,
+        "failed": failed,
         "rows": rows,
     }
 
@@ -166,8 +174,11 @@ def show(result: dict[str, object], errors: dict[str, float]) -> None:
     """Print one table."""
     print(f"\n{result['method']} on {result['set']}: {result['tensors']} tensors, {result['elements']:,} elements")
     print(f"  {'':<20}{'ms':>9}{'ratio':>7}  quartiles      p99/mean  workspace  products   factorisations")
-    rows = result["rows"]
+    rows, failed = result["rows"], result["failed"]
     assert isinstance(rows, list)
+    assert isinstance(failed, dict)
+    for name, reason in failed.items():
+        print(f"  {name:<20}left out: {reason}")
     for row in rows:
         low, high = row["ratio_quartiles"]
         scratch = f"{row['workspace_mb']:.1f} MiB" if "workspace_mb" in row else "-"
@@ -199,6 +210,8 @@ def page(document: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in document["results"]:
+        for name, reason in result["failed"].items():
+            lines.append(f"| {result['method']} | {result['set']} | {name} | failed: {reason} | | | | | | | |")
         for row in result["rows"]:
             low, high = row["ratio_quartiles"]
             products = f"{row['share_of_bare_products']:.0%}" if row.get("share_of_bare_products") else ""
