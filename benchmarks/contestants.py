@@ -46,6 +46,17 @@ SETS: dict[str, Callable[[bool], list[tuple[int, ...]]]] = {
 }
 
 
+#: Which methods are run by one command and written to one file.
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "elementwise": ("sgd", "adamw", "nadamw"),
+    "spectral": ("muon", "normuon", "adamuon"),
+    "kronecker": (
+        *("soap", "shampoo", "kl_shampoo", "splus", "psgd_kron", "psgd_kron triangular", "asgo", "ec_shampoo"),
+        *("kl_soap", "tonga", "psgd_lra", "psgd_diagonal"),
+    ),
+}
+
+
 @dataclass
 class Contestant:
     """An optimizer on its own copy of the parameters."""

@@ -1,7 +1,8 @@
 """Time one optimizer step against its peers: alternating, in one process, process CPU seconds on one thread.
 
-    python benchmarks/step_time.py      # every set and method: results/step_time.json and docs/step-time.md
-    python benchmarks/step_time.py --sets small-1000 --methods adamw --rounds 50
+    python benchmarks/step_time.py kronecker      # results/step_time-kronecker.json, and docs/step-time.md
+    python benchmarks/step_time.py                # all families
+    python benchmarks/step_time.py elementwise --sets small-1000 --methods adamw --rounds 50 --out one.json
 
 Sets: the parameters of a GPT of 6 layers and width 512, of one of 4 layers and width 768 (matrices alone for matrix
 methods; a smaller one where factors are kept), of the autoencoder 784-1000-500-250-30, and 1,000 small tensors. Each
@@ -31,10 +32,10 @@ import torch
 from torch import nn
 
 import guided_descent as gd
-from contestants import SETS, Contestant, Method, methods
+from contestants import FAMILIES, SETS, Contestant, Method, methods
 from rates import measure
 
-RESULTS = Path(__file__).parent / "results" / "step_time.json"
+RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "step-time.md"
 
 
@@ -193,18 +194,32 @@ def show(result: dict[str, object], errors: dict[str, float]) -> None:
         )
 
 
-def page(document: dict[str, Any]) -> str:
-    """All tables as Markdown."""
+def page() -> str:
+    """The tables of all families whose results are there, as Markdown."""
     lines = [
         "# The time of one step",
         "",
-        f"Made by `{document['command'].strip()}` on {document['date'][:10]} ({document['machine']}, torch",
-        f"{document['torch']}): process CPU milliseconds of one optimizer step on one thread, contestants in turn, the",
-        "median over the rounds. The ratio is to the first row of a group, of the same round, with quartiles. The tail",
-        "is the 99th percentile of single steps over their mean; its bound, for ours, 1 + the longest piece of slow",
-        "work that cannot be divided over the mean, and at least 1.3. Products: the rate of our matrix products as a",
-        "share of that of `torch.mm` of the same shapes and dtype. Solvers: the time of our factorisations over that",
-        "of the bare `torch.linalg` calls.",
+        "Process CPU milliseconds of one optimizer step on one thread, contestants in turn, median over rounds. The",
+        "ratio is to the first row of a group, of the same round, with quartiles. The tail is the 99th percentile of",
+        "single steps over their mean; its bound, for ours, 1 + the longest piece of slow work that cannot be divided",
+        "over the mean, and at least 1.3. Products: the rate of our matrix products as a share of that of `torch.mm`",
+        "of the same shapes and dtype. Solvers: the time of our factorisations over that of the bare `torch.linalg`",
+        "calls.",
+    ]
+    for family in FAMILIES:
+        path = RESULTS / f"step_time-{family}.json"
+        if path.exists():
+            lines += table(json.loads(path.read_text()))
+    return "\n".join(lines) + "\n"
+
+
+def table(document: dict[str, Any]) -> list[str]:
+    """The table of one family."""
+    lines = [
+        "",
+        f"## `{document['command'].strip()}`",
+        "",
+        f"{document['date'][:10]}, {document['machine']}, torch {document['torch']}.",
         "",
         "| method | set | contestant | ms | ratio | quartiles | tail | bound | products | solvers | MB of state |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -223,46 +238,47 @@ def page(document: dict[str, Any]) -> str:
                 f"{row['ratio']:.2f} | {low:.2f} to {high:.2f} | {row['tail']:.2f} | {bound} | {products} | "
                 f"{solvers} | {state} |"
             )
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main() -> None:
-    """Run the chosen sets and methods, print tables and write JSON."""
+    """Run the chosen families, print tables, write JSON and the page."""
     known = methods()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", nargs="?", choices=list(FAMILIES), help="left out: all of them")
     parser.add_argument("--sets", nargs="*", default=list(SETS), choices=list(SETS))
     parser.add_argument("--methods", nargs="*", default=list(known), choices=list(known))
     parser.add_argument("--rounds", type=int, default=0, help="rounds for each table; 0 chooses by cost")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help="where the JSON goes instead; the page stays as it is")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    results = []
-    for name in options.methods:
-        errors = orthogonality(name)
-        for set_name in options.sets:
-            if set_name in known[name].sets:
+    for family in [options.family] if options.family else FAMILIES:
+        results = []
+        for name in (name for name in options.methods if name in FAMILIES[family]):
+            errors = orthogonality(name)
+            for set_name in (set_name for set_name in options.sets if set_name in known[name].sets):
                 rounds = options.rounds or (max(7, -(-60 // known[name].block)) if known[name].matrices else 41)
                 result = run(name, known[name], set_name, rounds)
                 if errors:
                     result["non_orthogonality"] = errors
                 show(result, errors)
                 results.append(result)
-    document = {
-        "format": 1,
-        "command": "python benchmarks/step_time.py " + " ".join(sys.argv[1:]),
-        "unit": "process CPU milliseconds of one step, one thread, median over alternating rounds",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "load_average": os.getloadavg(),
-        "torch": torch.__version__,
-        "results": results,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(document, indent=1) + "\n")
-    if options.out == RESULTS:
-        PAGE.write_text(page(document))
-    print(f"\nload average {os.getloadavg()[0]:.1f}; wrote {options.out}")
+        document = {
+            "format": 2,
+            "command": " ".join(["python benchmarks/step_time.py", family, *sys.argv[2:]]),
+            "unit": "process CPU milliseconds of one step, one thread, median over alternating rounds",
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "load_average": os.getloadavg(),
+            "torch": torch.__version__,
+            "results": results,
+        }
+        out = options.out or RESULTS / f"step_time-{family}.json"
+        out.write_text(json.dumps(document, indent=1) + "\n")
+        print(f"\nload average {os.getloadavg()[0]:.1f}; wrote {out}")
+    if options.out is None:
+        PAGE.write_text(page())
 
 
 if __name__ == "__main__":
