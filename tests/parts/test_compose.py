@@ -51,6 +51,7 @@ def recipe_of(*parts: Part, **changes: Any) -> Recipe:
         shampoo_beta: float = hyper(0.9, ge=0, lt=1)
         precondition_frequency: int = hyper(2, ge=1)
         refresh_method: str = static("qr")
+        product_dtype: str = static("float32")
         refresh_schedule: str = static("every")
         refresh_tolerance: float = hyper(0.0, ge=0)
         refresh_lag: int = static(0)
@@ -249,3 +250,16 @@ def test_random_draws_depend_on_seed_name_and_step_alone() -> None:
     assert far(one, other) > 0
     steps = [one[0], *(b - a for a, b in pairwise(one))]
     assert len({float(step.sum()) for step in steps}) == 4
+
+
+def test_a_part_that_lacks_a_number_is_an_error_at_build() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Bare(Recipe):
+        lr: float = hyper(0.1, ge=0)
+
+        def parts(self, block: Block) -> Parts:
+            return Parts(Ema(), Descend())
+
+    model = Bag({"w": torch.zeros(3, 2)})
+    with pytest.raises(ValueError, match=r"Ema reads 'momentum', which Bare does not have: add the field"):
+        gd.build(model, Bare())

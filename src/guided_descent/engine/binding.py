@@ -84,10 +84,23 @@ class Binder:
         return plan
 
     def parts(self, group: int, block: Block) -> Parts:
-        """The parts that update a block of a group."""
+        """The parts that update a block of a group.
+
+        Raises:
+            ValueError: A part reads a number that the recipe does not have.
+        """
         key = (group, block)
         if key not in self._parts:
-            self._parts[key] = self.recipes[group].parts(block) + self.add
+            recipe = self.recipes[group]
+            parts = recipe.parts(block) + self.add
+            for part in parts:
+                lacking = [name for name in part.keys if name not in self.groups[group]]
+                if lacking:
+                    raise ValueError(
+                        f"{type(part).__name__} reads {', '.join(map(repr, lacking))}, which {recipe.label} does not "
+                        "have: add the field to the recipe, or name another of its numbers in the part"
+                    )
+            self._parts[key] = parts
         return self._parts[key]
 
     def forget(self) -> None:
