@@ -35,6 +35,8 @@ NorMuon = class_of(recipes.NorMuon)
 SpectralDescent = class_of(recipes.SpectralDescent)
 SPlus = class_of(recipes.SPlus)
 TONGA = class_of(recipes.TONGA)
+Adagrad = class_of(recipes.Adagrad)
+RMSprop = class_of(recipes.RMSprop)
 
 __all__ = [
     "ASGO",
@@ -47,6 +49,7 @@ __all__ = [
     "SOAP",
     "TONGA",
     "AdaMuon",
+    "Adagrad",
     "AdamW",
     "ECShampoo",
     "KLShampoo",
@@ -60,6 +63,7 @@ __all__ = [
     "PSGDDiagonal",
     "PSGDKron",
     "PSGDLowRank",
+    "RMSprop",
     "RoutedOptimizer",
     "SPlus",
     "Shampoo",

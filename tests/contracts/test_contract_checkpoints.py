@@ -463,6 +463,13 @@ TORCH: dict[str, tuple[Any, dict[str, Any], str, dict[str, Any]]] = {
         "nadamw",
         {},
     ),
+    "adagrad": (torch.optim.Adagrad, {"lr": 0.01, "lr_decay": 0.1}, "adagrad", {}),
+    "rmsprop": (
+        torch.optim.RMSprop,
+        {"lr": 0.01, "momentum": 0.9, "centered": True},
+        "rmsprop",
+        {"momentum": 0.9, "centered": True},
+    ),
 }
 
 

@@ -40,6 +40,28 @@ NADAM_OPTIONS = [
     {"momentum_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-3},
     {"maximize": True, "weight_decay": 0.1},
 ]
+#: Recipes without a kernel: torch's class, and what both are given.
+ADAPTIVE: dict[str, tuple[Any, list[dict[str, Any]]]] = {
+    "adagrad": (
+        torch.optim.Adagrad,
+        [
+            {},
+            {"lr_decay": 0.1, "eps": 1e-3, "weight_decay": 0.1},
+            {"initial_accumulator_value": 0.5, "maximize": True, "weight_decay": 0.1},
+        ],
+    ),
+    "rmsprop": (
+        torch.optim.RMSprop,
+        [
+            {},
+            {"alpha": 0.9, "eps": 1e-3, "weight_decay": 0.1, "maximize": True},
+            {"momentum": 0.9},
+            {"centered": True},
+            {"centered": True, "momentum": 0.8, "alpha": 0.7, "weight_decay": 0.1},
+        ],
+    ),
+}
+EVERY = [(name, options) for name, (_, table) in ADAPTIVE.items() for options in table]
 
 
 def same_steps(
@@ -123,6 +145,20 @@ def test_nadamw_is_torchs_decoupled_nadam(options: dict[str, Any], path: dict[st
         dtype,
     )
     assert difference < 1e-6  # torch keeps the product of the momenta in float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("path", [{}, {"foreach": False}], ids=["lists", "plain"])
+@pytest.mark.parametrize(("name", "options"), EVERY)
+def test_adaptive_recipes_are_torchs(
+    name: str, options: dict[str, Any], path: dict[str, bool], dtype: torch.dtype
+) -> None:
+    difference = same_steps(
+        lambda params: gd.optimizer(name, params, lr=1e-2, **options, **path),
+        lambda params: ADAPTIVE[name][0](params, lr=1e-2, foreach=False, **options),
+        dtype,
+    )
+    assert difference < (1e-5 if dtype == torch.float32 else 1e-13)
 
 
 @pytest.mark.parametrize("nesterov", [True, False])

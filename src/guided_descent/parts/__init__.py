@@ -1,12 +1,13 @@
 """Parts: the ideas of optimizers as tensor functions over a batch and declared state, to be combined freely."""
 
+from guided_descent.parts.adaptive import SquareAverage, SquareSum
 from guided_descent.parts.base import ORDER, Batch, Found, Hyper, Needs, Part, Parts, Policy, Slot, State, Task
-from guided_descent.parts.estimate import AdamMoments, Ema, Momentum, NadamMoments
+from guided_descent.parts.estimate import AdamMoments, Ema, Momentum, NadamMoments, Velocity
 from guided_descent.parts.geometry import CARRIES, NS_DTYPES, Eigenbasis, Polar
 from guided_descent.parts.rows import Rows
-from guided_descent.parts.scale import SCALES, MatrixScale
+from guided_descent.parts.scale import SCALES, InverseTime, MatrixScale
 from guided_descent.parts.slow import Slow
-from guided_descent.parts.step import L2, Decoupled, Descend, writable
+from guided_descent.parts.step import L2, Decoupled, Descend, Displace, writable
 
 __all__ = [
     "CARRIES",
@@ -18,10 +19,12 @@ __all__ = [
     "Batch",
     "Decoupled",
     "Descend",
+    "Displace",
     "Eigenbasis",
     "Ema",
     "Found",
     "Hyper",
+    "InverseTime",
     "MatrixScale",
     "Momentum",
     "NadamMoments",
@@ -33,7 +36,10 @@ __all__ = [
     "Rows",
     "Slot",
     "Slow",
+    "SquareAverage",
+    "SquareSum",
     "State",
     "Task",
+    "Velocity",
     "writable",
 ]

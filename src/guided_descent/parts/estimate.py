@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ class Momentum(Part):
     """Heavy-ball or Nesterov momentum, in torch's form.
 
     ``b <- mu b + (1 - tau) u`` (the first ``b`` is ``u`` itself), then ``u <- b``, or ``u <- u + mu b`` with Nesterov.
+    ``dampening=""`` is the form without ``tau``.
     State: ``momentum_buffer``, shaped like the parameter. Source: Polyak 1964; Sutskever et al. 2013.
     """
 
@@ -28,7 +30,7 @@ class Momentum(Part):
     @property
     def keys(self) -> tuple[str, ...]:
         """Group keys it reads."""
-        return (self.momentum, self.dampening)
+        return (self.momentum, self.dampening) if self.dampening else (self.momentum,)
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The momentum buffer."""
@@ -40,7 +42,7 @@ class Momentum(Part):
         if x.first:
             buffer.copy_(x.read())
         else:
-            buffer.mul_(mu).add_(x.read(), alpha=1 - h[self.dampening])
+            buffer.mul_(mu).add_(x.read(), alpha=1 - h[self.dampening] if self.dampening else 1.0)
         if self.nesterov:
             x.own().add_(buffer, alpha=mu)
         else:
@@ -49,6 +51,37 @@ class Momentum(Part):
     def flops(self, block: Block) -> float:
         """About 4 per element."""
         return 4.0 * block.numel
+
+
+@dataclass(frozen=True)
+class Velocity(Part):
+    """Momentum that holds the learning rate: ``b <- mu b + lr u``, ``u <- b``, to be applied by ``Displace``.
+
+    It differs from ``Momentum`` where the learning rate changes: what is in the buffer keeps the rate of its day.
+    State: ``momentum_buffer``, shaped like the parameter. Source: Sutskever et al. 2013.
+    """
+
+    slot: ClassVar[str] = "momentum"
+    momentum: str = "momentum"
+    lr: str = "lr"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Group keys it reads."""
+        return (self.momentum, self.lr)
+
+    def slots(self, block: Block) -> dict[str, Slot]:
+        """The velocity."""
+        return {"momentum_buffer": Slot(basis="vector")}
+
+    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """Advance the velocity and make it the direction."""
+        velocity = s["momentum_buffer"].mul_(h[self.momentum])
+        x.lend(velocity.add_(x.u, alpha=h[self.lr] * x.lr_scale * x.factor))
+
+    def flops(self, block: Block) -> float:
+        """About 3 per element."""
+        return 3.0 * block.numel
 
 
 @dataclass(frozen=True)

@@ -65,3 +65,20 @@ class MatchRms(Part):
     def flops(self, block: Block) -> float:
         """About 3 per element."""
         return 3.0 * block.numel
+
+
+@dataclass(frozen=True)
+class InverseTime(Part):
+    """A step that shrinks with the parameter's own count of updates: ``u <- u / (1 + (t - 1) lr_decay)``."""
+
+    slot: ClassVar[str] = "scale"
+    lr_decay: str = "lr_decay"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Group keys it reads."""
+        return (self.lr_decay,)
+
+    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """Scale the direction; the step applies it."""
+        x.scale(1 / (1 + (x.step - 1) * h[self.lr_decay]))

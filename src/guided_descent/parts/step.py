@@ -112,3 +112,18 @@ class Descend(Part):
     def flops(self, block: Block) -> float:
         """Two per element."""
         return 2.0 * block.numel
+
+
+@dataclass(frozen=True)
+class Displace(Part):
+    """The step of a direction that holds its learning rate: ``p <- p - u``."""
+
+    slot: ClassVar[str] = "step"
+
+    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """Subtract the direction."""
+        writable(x).add_(x.u, alpha=-x.factor)
+
+    def flops(self, block: Block) -> float:
+        """Two per element."""
+        return 2.0 * block.numel

@@ -1,6 +1,7 @@
 """Recipes: one short file for each family of optimizers."""
 
 from guided_descent.recipes.adam import AdamW, NAdamW
+from guided_descent.recipes.adaptive import Adagrad, RMSprop
 from guided_descent.recipes.base import REGISTRY, Constraint, Info, Recipe, hyper, lookup, recipe, static
 from guided_descent.recipes.kfac import EKFAC, FOOF, KFAC
 from guided_descent.recipes.muon import Muon
@@ -25,6 +26,7 @@ __all__ = [
     "SOAP",
     "TONGA",
     "AdaMuon",
+    "Adagrad",
     "AdamW",
     "Constraint",
     "ECShampoo",
@@ -38,6 +40,7 @@ __all__ = [
     "PSGDDiagonal",
     "PSGDKron",
     "PSGDLowRank",
+    "RMSprop",
     "Recipe",
     "SPlus",
     "Shampoo",

@@ -278,7 +278,8 @@ class Constraint:
 def _check_choice(label: str, value: Any, of: tuple[Any, ...] | None, default: Any) -> None:
     if of is not None and value not in of:
         raise ValueError(f"{label} must be one of {', '.join(map(repr, of))}")
-    if of is None and default is not None and value is not None and not isinstance(value, type(default)):
+    whole = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)  # 1 for 1.0
+    if of is None and default is not None and value is not None and not (whole or isinstance(value, type(default))):
         raise TypeError(f"{label} must be of type {type(default).__name__}")
 
 

@@ -1,0 +1,92 @@
+"""Directions divided by what each element's own gradients have been: the diagonal methods around Adam."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from guided_descent.parts.base import Batch, Hyper, Part, Slot, State
+from guided_descent.routing.roles import Block
+
+
+@dataclass(frozen=True)
+class SquareSum(Part):
+    """Adagrad's direction: ``G <- G + u^2``, ``u <- u / (sqrt(G) + eps)``.
+
+    State: ``sum``, shaped like the parameter, ``start`` at first. Source: Duchi, Hazan and Singer 2011.
+    """
+
+    eps: str = "eps"
+    start: float = 0.0
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Group keys it reads."""
+        return (self.eps,)
+
+    def slots(self, block: Block) -> dict[str, Slot]:
+        """The sum of squares."""
+        return {"sum": Slot(fill=self.start, basis="square")}
+
+    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """Add the squares and divide."""
+        g = x.read()
+        total_square = s["sum"].addcmul_(g, g)
+        root = x.spare("denominator").copy_(total_square).sqrt_().add_(h[self.eps] * x.eps_scale)
+        x.take().div_(root)
+
+    def flops(self, block: Block) -> float:
+        """About 5 per element."""
+        return 5.0 * block.numel
+
+
+@dataclass(frozen=True)
+class SquareAverage(Part):
+    """RMSProp's direction: ``v <- alpha v + (1 - alpha) u^2``, ``u <- u / (sqrt(v) + eps)``, without bias correction.
+
+    With ``centered`` the divisor is made of the variance, ``max(v - a^2, 0)`` with ``a <- alpha a + (1 - alpha) u``.
+    With ``inside`` it is ``sqrt(v + eps)``. ``v`` begins at ``start``; from 0 the first steps are up to
+    ``1 / sqrt(1 - alpha)`` long. State: ``square_avg`` (and ``grad_avg``). Source: Tieleman and Hinton 2012; Graves
+    2013, 1308.0850 (centered).
+    """
+
+    alpha: str = "alpha"
+    eps: str = "eps"
+    centered: bool = False
+    inside: bool = False
+    start: float = 0.0
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Group keys it reads."""
+        return (self.alpha, self.eps)
+
+    def slots(self, block: Block) -> dict[str, Slot]:
+        """The averages of squares and, for the variance, of gradients."""
+        slots = {"square_avg": Slot(fill=self.start, basis="square")}
+        return slots | {"grad_avg": Slot(basis="vector")} if self.centered else slots
+
+    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """Advance the averages and divide."""
+        alpha, eps = h[self.alpha], h[self.eps] * x.eps_scale
+        g, square = x.read(), s["square_avg"]
+        square.mul_(alpha).addcmul_(g, g, 1 - alpha)
+        root = x.spare("denominator").copy_(square)
+        if self.centered:
+            mean = s["grad_avg"].lerp_(g, 1 - alpha)
+            root.addcmul_(mean, mean, -1.0).apply_(_clamp)
+        if self.inside:
+            root.add_(eps).sqrt_()
+        else:
+            root.sqrt_().add_(eps)
+        x.take().div_(root)
+
+    def flops(self, block: Block) -> float:
+        """About 6 per element, 12 where it is centered."""
+        return (12.0 if self.centered else 6.0) * block.numel
+
+
+def _clamp(row: Tensor) -> None:
+    row.clamp_(min=0)  # rounding alone takes a variance below 0

@@ -1,0 +1,95 @@
+"""Diagonal methods around Adam, in torch's form: Adagrad, RMSProp."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from guided_descent.parts import (
+    L2,
+    Decoupled,
+    Descend,
+    Displace,
+    InverseTime,
+    Momentum,
+    Part,
+    Parts,
+    SquareAverage,
+    SquareSum,
+    Velocity,
+)
+from guided_descent.recipes.adam import DECAYS
+from guided_descent.recipes.base import Recipe, hyper, recipe, static
+from guided_descent.routing.roles import Block
+
+#: Coupled decay too: these methods have it in torch.
+ALL_DECAYS = ("coupled", *DECAYS)
+FORMS = ("torch", "tensorflow")
+
+
+def _decay() -> str:
+    """The field ``decay``, coupled by default."""
+    choice: str = static("coupled", of=ALL_DECAYS, help="coupled: wd p joins the gradient; decoupled: as in AdamW")
+    return choice
+
+
+def _shrink(decay: str) -> Part:
+    """The part of a kind of decay."""
+    return L2() if decay == "coupled" else Decoupled(independent=decay == "independent")
+
+
+@recipe("adagrad", paper="Duchi, Hazan and Singer 2011, JMLR 12", family="adaptive")
+@dataclass(frozen=True, kw_only=True)
+class Adagrad(Recipe):
+    """Divide by the root of the sum of all squares, as in torch.
+
+    ``g <- g + wd p``; ``G <- G + g^2``; ``p <- p - lr / (1 + (t - 1) lr_decay) g / (sqrt(G) + eps)``.
+    """
+
+    lr: float = hyper(1e-2, ge=0, help="learning rate")
+    lr_decay: float = hyper(0.0, ge=0, help="the learning rate is divided by 1 + (t - 1) lr_decay")
+    eps: float = hyper(1e-10, ge=0, help="added to the root of the sum")
+    weight_decay: float = hyper(0.0, ge=0, help="decay, coupled unless decay says otherwise")
+    initial_accumulator_value: float = static(0.0, help="what the sum of squares begins with")
+    decay: str = _decay()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.initial_accumulator_value < float("inf"):
+            raise ValueError(
+                f"initial_accumulator_value={self.initial_accumulator_value} of adagrad must be finite and >= 0: it is "
+                "a sum of squares"
+            )
+
+    def parts(self, block: Block) -> Parts:
+        """Decay, quotient, shrinking rate, step."""
+        return Parts(_shrink(self.decay), SquareSum(start=self.initial_accumulator_value), InverseTime(), Descend())
+
+
+@recipe("rmsprop", paper="Tieleman and Hinton 2012; Graves 2013, arXiv:1308.0850", family="adaptive")
+@dataclass(frozen=True, kw_only=True)
+class RMSprop(Recipe):
+    """Divide by the root of an average of the squares, then momentum, as in torch.
+
+    ``g <- g + wd p``; ``v <- alpha v + (1 - alpha) g^2``; ``b <- mu b + g / (sqrt(v) + eps)``; ``p <- p - lr b``.
+    ``form="tensorflow"``, for recipes in the style of EfficientNet, has eps inside the root, ``v`` from 1 and the
+    learning rate inside the momentum: ``b <- mu b + lr g / sqrt(v + eps)``; ``p <- p - b``.
+    """
+
+    lr: float = hyper(1e-2, ge=0, help="learning rate")
+    alpha: float = hyper(0.99, ge=0, lt=1, help="memory of the squares")
+    eps: float = hyper(1e-8, ge=0, help="added to the root of the average, or inside it")
+    weight_decay: float = hyper(0.0, ge=0, help="decay, coupled unless decay says otherwise")
+    momentum: float = hyper(0.0, ge=0, lt=1, structural=True, help="momentum mu of the quotients")
+    centered: bool = static(False, help="divide by the deviation and not by the root mean square")
+    form: str = static("torch", of=FORMS, help="tensorflow: eps inside the root, v from 1, rate inside the momentum")
+    decay: str = _decay()
+
+    def parts(self, block: Block) -> Parts:
+        """Decay, quotient, momentum, step."""
+        inside = self.form == "tensorflow"
+        average = SquareAverage(centered=self.centered, inside=inside, start=float(inside))
+        if not self.momentum:
+            return Parts(_shrink(self.decay), average, Descend())
+        if inside:
+            return Parts(_shrink(self.decay), average, Velocity(), Displace())
+        return Parts(_shrink(self.decay), average, Momentum(dampening="").at("momentum"), Descend())
