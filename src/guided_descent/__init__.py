@@ -37,6 +37,8 @@ SPlus = class_of(recipes.SPlus)
 TONGA = class_of(recipes.TONGA)
 Adagrad = class_of(recipes.Adagrad)
 RMSprop = class_of(recipes.RMSprop)
+Adadelta = class_of(recipes.Adadelta)
+Adamax = class_of(recipes.Adamax)
 
 __all__ = [
     "ASGO",
@@ -49,8 +51,10 @@ __all__ = [
     "SOAP",
     "TONGA",
     "AdaMuon",
+    "Adadelta",
     "Adagrad",
     "AdamW",
+    "Adamax",
     "ECShampoo",
     "KLShampoo",
     "Moonlight",

@@ -470,6 +470,8 @@ TORCH: dict[str, tuple[Any, dict[str, Any], str, dict[str, Any]]] = {
         "rmsprop",
         {"momentum": 0.9, "centered": True},
     ),
+    "adadelta": (torch.optim.Adadelta, {"lr": 0.01, "weight_decay": 0.1}, "adadelta", {}),
+    "adamax": (torch.optim.Adamax, {"lr": 0.01}, "adamax", {}),
 }
 
 

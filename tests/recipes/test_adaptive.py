@@ -1,4 +1,4 @@
-"""Adagrad and RMSProp beyond what torch has: other forms, kinds of decay, first steps, errors."""
+"""Adagrad and its kin beyond what torch has: other forms, kinds of decay, first steps, errors."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ def test_rmsprop_has_the_form_of_tensorflow(path: dict[str, bool], momentum: flo
     assert far(got, rmsprop_tensorflow(start, grad, 40, rate, **options)) < 1e-13
 
 
-def test_the_first_steps_of_adagrad_and_rmsprop() -> None:
+def test_the_first_step_is_the_sign_times_a_length() -> None:
     g = torch.randn(9, dtype=torch.float64)
     lengths: dict[str, Any] = {
         "adagrad": 1.0,
+        "adamax": 1.0,
         "rmsprop": 10.0,  # 1 / sqrt(1 - alpha): no correction of the bias
     }
     for name, length in lengths.items():
@@ -55,7 +56,7 @@ def test_steps_of_adagrad_under_a_constant_gradient_fall_like_one_over_the_root(
     torch.testing.assert_close(torch.stack(path)[:, 0], want)
 
 
-@pytest.mark.parametrize("name", ["adagrad", "rmsprop"])
+@pytest.mark.parametrize("name", ["adagrad", "rmsprop", "adadelta", "adamax"])
 def test_decoupled_decay_is_beside_the_direction(name: str) -> None:
     # With zero gradients the direction is 0, so that only the decay moves: (1 - lr wd)^t, or (1 - wd)^t at the peak.
     for decay, factor in (("decoupled", 1 - 0.1 * 0.2), ("independent", 1 - 0.2)):
@@ -63,6 +64,24 @@ def test_decoupled_decay_is_beside_the_direction(name: str) -> None:
         opt = gd.optimizer(name, [p], lr=0.1, weight_decay=0.2, decay=decay)
         path = train(opt, [p], [lambda t, p: torch.zeros(3, dtype=torch.float64)], 5)[0]
         torch.testing.assert_close(path[-1], torch.full((3,), factor**5, dtype=torch.float64))
+
+
+def test_the_first_step_of_adadelta_is_set_by_eps() -> None:
+    g = torch.tensor([1e-2, -1.0, 30.0], dtype=torch.float64)
+    p = torch.nn.Parameter(torch.zeros_like(g))
+    opt = gd.Adadelta([p], eps=1e-6)
+    p.grad = g.clone()
+    opt.step()
+    torch.testing.assert_close(p.detach(), -((1e-6 / (0.1 * g**2 + 1e-6)) ** 0.5) * g)
+
+
+def test_the_maximum_of_adamax_fades_after_a_spike() -> None:
+    p = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    opt = gd.Adamax([p], betas=(0.9, 0.5), eps=0.0)
+    train(opt, [p], [lambda t, p: torch.full((2,), 64.0 if t == 1 else 1.0, dtype=torch.float64)], 5)
+    assert opt.state[p]["exp_inf"].tolist() == [4.0, 4.0]
+    train(opt, [p], [lambda t, p: torch.ones(2, dtype=torch.float64)], 5)
+    assert opt.state[p]["exp_inf"].tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("value", [-1.0, float("inf"), float("nan")])

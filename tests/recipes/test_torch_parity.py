@@ -60,6 +60,11 @@ ADAPTIVE: dict[str, tuple[Any, list[dict[str, Any]]]] = {
             {"centered": True, "momentum": 0.8, "alpha": 0.7, "weight_decay": 0.1},
         ],
     ),
+    "adadelta": (torch.optim.Adadelta, [{}, {"rho": 0.7, "eps": 1e-3, "weight_decay": 0.1}, {"maximize": True}]),
+    "adamax": (
+        torch.optim.Adamax,
+        [{}, {"betas": (0.8, 0.9), "eps": 1e-2, "weight_decay": 0.1}, {"betas": (0.0, 0.5), "maximize": True}],
+    ),
 }
 EVERY = [(name, options) for name, (_, table) in ADAPTIVE.items() for options in table]
 

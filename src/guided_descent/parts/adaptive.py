@@ -90,3 +90,72 @@ class SquareAverage(Part):
 
 def _clamp(row: Tensor) -> None:
     row.clamp_(min=0)  # rounding alone takes a variance below 0
+
+
+@dataclass(frozen=True)
+class RootRatio(Part):
+    """Adadelta's direction, in units of the parameter: ``u <- sqrt(D + eps) / sqrt(v + eps) u``.
+
+    ``v <- rho v + (1 - rho) u^2`` first, and ``D <- rho D + (1 - rho) u^2`` of the new direction last. ``eps`` sets the
+    length of the first steps. State: ``square_avg``, ``acc_delta``. Source: Zeiler 2012, 1212.5701.
+    """
+
+    rho: str = "rho"
+    eps: str = "eps"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Group keys it reads."""
+        return (self.rho, self.eps)
+
+    def slots(self, block: Block) -> dict[str, Slot]:
+        """The averages of squares, of gradients and of directions."""
+        return {"square_avg": Slot(basis="square"), "acc_delta": Slot(basis="square")}
+
+    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """Divide by one root, multiply by the other."""
+        rho, eps = h[self.rho], h[self.eps] * x.eps_scale
+        g, square, moved = x.read(), s["square_avg"], s["acc_delta"]
+        square.mul_(rho).addcmul_(g, g, 1 - rho)
+        root, u = x.spare("denominator"), x.take()
+        u.div_(root.copy_(square).add_(eps).sqrt_())
+        u.mul_(root.copy_(moved).add_(eps).sqrt_())
+        moved.mul_(rho).addcmul_(u, u, 1 - rho)
+
+    def flops(self, block: Block) -> float:
+        """About 14 per element."""
+        return 14.0 * block.numel
+
+
+@dataclass(frozen=True)
+class MaximumMoments(Part):
+    """Adamax's direction: the first moment over a maximum that fades, ``u <- (m / bc1) / n``.
+
+    ``m <- b1 m + (1 - b1) u``, ``n <- max(b2 n, |u| + eps)``; only ``m`` is corrected, with ``bc1 = 1 - b1^t``. State:
+    ``exp_avg``, ``exp_inf``. Source: Kingma and Ba 2014, 1412.6980, section 7.1.
+    """
+
+    betas: str = "betas"
+    eps: str = "eps"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Group keys it reads."""
+        return (self.betas, self.eps)
+
+    def slots(self, block: Block) -> dict[str, Slot]:
+        """The first moment and the maximum, which no rotation carries along."""
+        return {"exp_avg": Slot(basis="vector"), "exp_inf": Slot()}
+
+    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """Advance both and divide."""
+        beta1, beta2 = h[self.betas]
+        first = s["exp_avg"].lerp_(x.read(), 1 - beta1)
+        size = x.take().abs_().add_(h[self.eps] * x.eps_scale)
+        largest = s["exp_inf"].mul_(beta2).maximum_(size)
+        x.fresh().copy_(largest).rdiv_(first)
+        x.scale(1 / (1 - beta1**x.step))
+
+    def flops(self, block: Block) -> float:
+        """About 8 per element."""
+        return 8.0 * block.numel

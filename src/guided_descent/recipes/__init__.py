@@ -1,7 +1,7 @@
 """Recipes: one short file for each family of optimizers."""
 
 from guided_descent.recipes.adam import AdamW, NAdamW
-from guided_descent.recipes.adaptive import Adagrad, RMSprop
+from guided_descent.recipes.adaptive import Adadelta, Adagrad, Adamax, RMSprop
 from guided_descent.recipes.base import REGISTRY, Constraint, Info, Recipe, hyper, lookup, recipe, static
 from guided_descent.recipes.kfac import EKFAC, FOOF, KFAC
 from guided_descent.recipes.muon import Muon
@@ -26,8 +26,10 @@ __all__ = [
     "SOAP",
     "TONGA",
     "AdaMuon",
+    "Adadelta",
     "Adagrad",
     "AdamW",
+    "Adamax",
     "Constraint",
     "ECShampoo",
     "Info",

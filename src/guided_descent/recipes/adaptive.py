@@ -1,4 +1,4 @@
-"""Diagonal methods around Adam, in torch's form: Adagrad, RMSProp."""
+"""Diagonal methods around Adam, in torch's form: Adagrad, RMSProp, Adadelta, Adamax."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from guided_descent.parts import (
     Descend,
     Displace,
     InverseTime,
+    MaximumMoments,
     Momentum,
     Part,
     Parts,
+    RootRatio,
     SquareAverage,
     SquareSum,
     Velocity,
@@ -93,3 +95,42 @@ class RMSprop(Recipe):
         if inside:
             return Parts(_shrink(self.decay), average, Velocity(), Displace())
         return Parts(_shrink(self.decay), average, Momentum(dampening="").at("momentum"), Descend())
+
+
+@recipe("adadelta", paper="Zeiler 2012, arXiv:1212.5701", family="adaptive")
+@dataclass(frozen=True, kw_only=True)
+class Adadelta(Recipe):
+    """Steps in units of the parameter, by the ratio of two root mean squares, as in torch.
+
+    ``g <- g + wd p``; ``v`` averages ``g^2``; ``d = sqrt(D + eps) / sqrt(v + eps) g``; ``D`` averages ``d^2``;
+    ``p <- p - lr d``.
+    """
+
+    lr: float = hyper(1.0, ge=0, help="multiplier of the method's own step")
+    rho: float = hyper(0.9, ge=0, lt=1, help="memory of both averages")
+    eps: float = hyper(1e-6, ge=0, help="inside both roots; sets the length of the first steps")
+    weight_decay: float = hyper(0.0, ge=0, help="decay, coupled unless decay says otherwise")
+    decay: str = _decay()
+
+    def parts(self, block: Block) -> Parts:
+        """Decay, ratio, step."""
+        return Parts(_shrink(self.decay), RootRatio(), Descend())
+
+
+@recipe("adamax", paper="Kingma and Ba 2014, arXiv:1412.6980", family="adaptive")
+@dataclass(frozen=True, kw_only=True)
+class Adamax(Recipe):
+    """Adam with a fading maximum in the place of the second moment, as in torch.
+
+    ``g <- g + wd p``; ``m`` averages ``g``; ``n <- max(b2 n, |g| + eps)``; ``p <- p - lr / (1 - b1^t) m / n``.
+    """
+
+    lr: float = hyper(2e-3, ge=0, help="learning rate")
+    betas: tuple[float, float] = hyper((0.9, 0.999), ge=0, lt=1, help="memory of the moment, fading of the maximum")
+    eps: float = hyper(1e-8, ge=0, help="added to the size of the gradient, inside the maximum")
+    weight_decay: float = hyper(0.0, ge=0, help="decay, coupled unless decay says otherwise")
+    decay: str = _decay()
+
+    def parts(self, block: Block) -> Parts:
+        """Decay, quotient, step."""
+        return Parts(_shrink(self.decay), MaximumMoments(), Descend())
