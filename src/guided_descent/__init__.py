@@ -39,6 +39,7 @@ Adagrad = class_of(recipes.Adagrad)
 RMSprop = class_of(recipes.RMSprop)
 Adadelta = class_of(recipes.Adadelta)
 Adamax = class_of(recipes.Adamax)
+RAdam = class_of(recipes.RAdam)
 
 __all__ = [
     "ASGO",
@@ -67,6 +68,7 @@ __all__ = [
     "PSGDDiagonal",
     "PSGDKron",
     "PSGDLowRank",
+    "RAdam",
     "RMSprop",
     "RoutedOptimizer",
     "SPlus",

@@ -472,6 +472,7 @@ TORCH: dict[str, tuple[Any, dict[str, Any], str, dict[str, Any]]] = {
     ),
     "adadelta": (torch.optim.Adadelta, {"lr": 0.01, "weight_decay": 0.1}, "adadelta", {}),
     "adamax": (torch.optim.Adamax, {"lr": 0.01}, "adamax", {}),
+    "radam": (torch.optim.RAdam, {"lr": 0.01, "weight_decay": 0.1}, "radam", {}),
 }
 
 

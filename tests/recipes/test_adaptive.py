@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import guided_descent as gd
-from oracles.adaptive import rmsprop_tensorflow
+from guided_descent.parts.adaptive import rectification
+from oracles.adaptive import radam, rmsprop_tensorflow
 from oracles.training import far, stream, train
 
 PATHS: list[dict[str, bool]] = [{}, {"foreach": False}]
@@ -56,7 +57,7 @@ def test_steps_of_adagrad_under_a_constant_gradient_fall_like_one_over_the_root(
     torch.testing.assert_close(torch.stack(path)[:, 0], want)
 
 
-@pytest.mark.parametrize("name", ["adagrad", "rmsprop", "adadelta", "adamax"])
+@pytest.mark.parametrize("name", ["adagrad", "rmsprop", "adadelta", "adamax", "radam"])
 def test_decoupled_decay_is_beside_the_direction(name: str) -> None:
     # With zero gradients the direction is 0, so that only the decay moves: (1 - lr wd)^t, or (1 - wd)^t at the peak.
     for decay, factor in (("decoupled", 1 - 0.1 * 0.2), ("independent", 1 - 0.2)):
@@ -82,6 +83,58 @@ def test_the_maximum_of_adamax_fades_after_a_spike() -> None:
     assert opt.state[p]["exp_inf"].tolist() == [4.0, 4.0]
     train(opt, [p], [lambda t, p: torch.ones(2, dtype=torch.float64)], 5)
     assert opt.state[p]["exp_inf"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("t", "rho", "r"),
+    [
+        (5, 4.995998, 0.0173115),
+        (6, 5.994164, 0.0258211),
+        (10, 9.983492, 0.0489980),
+        (100, 98.332944, 0.2153354),
+        (1000, 835.967376, 0.6453257),
+    ],
+)
+def test_published_rectifications_of_radam(t: int, rho: float, r: float) -> None:
+    found, square = rectification(t, 0.999)
+    assert found == pytest.approx(rho, abs=1e-6)
+    assert square**0.5 == pytest.approx(r, abs=5e-8)
+
+
+@pytest.mark.parametrize("path", [*PATHS, {"compile": True}], ids=["lists", "plain", "compiled"])
+@pytest.mark.parametrize("warmup", ["momentum", "skip"])
+@pytest.mark.parametrize("decay", ["decoupled", "independent"])
+def test_radam_takes_the_references_steps(path: dict[str, bool], warmup: str, decay: str) -> None:
+    start, grad = torch.randn(4, 5, dtype=torch.float64), stream((4, 5), 3)
+    options: dict[str, Any] = {"betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.3}
+    p = torch.nn.Parameter(start.clone())
+    opt = gd.RAdam([p], lr=0.05, warmup=warmup, decay=decay, **options, **path)
+    if path.get("compile"):
+        opt._engine.compiled.backend = "eager"
+    want = radam(
+        start, grad, 40, 0.05, skip=warmup == "skip", independent=0.05 if decay == "independent" else None, **options
+    )
+    assert far(train(opt, [p], [grad], 40)[0], want) < 1e-13
+
+
+def test_torchs_decoupled_radam() -> None:
+    start, grad = torch.randn(4, 5, dtype=torch.float64), stream((4, 5), 4)
+    options: dict[str, Any] = {"lr": 0.05, "betas": (0.8, 0.95), "weight_decay": 0.3}
+    p, q = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    ours = train(gd.RAdam([p], decay="decoupled", **options), [p], [grad], 40)[0]
+    theirs = train(torch.optim.RAdam([q], decoupled_weight_decay=True, **options), [q], [grad], 40)[0]
+    assert far(ours, theirs) < 1e-13
+
+
+@pytest.mark.parametrize("beta2", [0.95, 0.99, 0.999])
+def test_radam_divides_from_step_six_on(beta2: float) -> None:
+    g = torch.tensor([1e-3, 1e3], dtype=torch.float64)
+    p = torch.nn.Parameter(torch.zeros_like(g))
+    path = train(gd.RAdam([p], lr=1.0, betas=(0.9, beta2), eps=0.0, warmup="skip"), [p], [lambda t, p: g], 7)[0]
+    assert all(not step.any() for step in path[:5])
+    sizes = path[5]
+    torch.testing.assert_close(sizes[0], sizes[1])  # the length of the gradient is gone
+    assert float(sizes[0]) == pytest.approx(-(rectification(6, beta2)[1] ** 0.5))
 
 
 @pytest.mark.parametrize("value", [-1.0, float("inf"), float("nan")])

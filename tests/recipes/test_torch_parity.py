@@ -65,6 +65,14 @@ ADAPTIVE: dict[str, tuple[Any, list[dict[str, Any]]]] = {
         torch.optim.Adamax,
         [{}, {"betas": (0.8, 0.9), "eps": 1e-2, "weight_decay": 0.1}, {"betas": (0.0, 0.5), "maximize": True}],
     ),
+    "radam": (
+        torch.optim.RAdam,
+        [
+            {},
+            {"betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1},
+            {"betas": (0.9, 0.6), "maximize": True},  # never rectified
+        ],
+    ),
 }
 EVERY = [(name, options) for name, (_, table) in ADAPTIVE.items() for options in table]
 

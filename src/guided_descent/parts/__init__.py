@@ -1,6 +1,6 @@
 """Parts: the ideas of optimizers as tensor functions over a batch and declared state, to be combined freely."""
 
-from guided_descent.parts.adaptive import MaximumMoments, RootRatio, SquareAverage, SquareSum
+from guided_descent.parts.adaptive import MaximumMoments, RectifiedMoments, RootRatio, SquareAverage, SquareSum
 from guided_descent.parts.base import ORDER, Batch, Found, Hyper, Needs, Part, Parts, Policy, Slot, State, Task
 from guided_descent.parts.estimate import AdamMoments, Ema, Momentum, NadamMoments, Velocity
 from guided_descent.parts.geometry import CARRIES, NS_DTYPES, Eigenbasis, Polar
@@ -34,6 +34,7 @@ __all__ = [
     "Parts",
     "Polar",
     "Policy",
+    "RectifiedMoments",
     "RootRatio",
     "Rows",
     "Slot",

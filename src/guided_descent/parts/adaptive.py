@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from guided_descent.parts.base import Batch, Hyper, Part, Slot, State
+from guided_descent.parts.rows import Number
 from guided_descent.routing.roles import Block
 
 
@@ -159,3 +162,68 @@ class MaximumMoments(Part):
     def flops(self, block: Block) -> float:
         """About 8 per element."""
         return 8.0 * block.numel
+
+
+def rectification(step: Number, beta2: Number) -> tuple[Number, Number]:
+    """``rho_t``, the number of squares that the average holds in effect, and ``r_t^2``, which shortens the step.
+
+    ``rho_inf = 2 / (1 - b2) - 1``; ``rho_t = rho_inf - 2 t b2^t / (1 - b2^t)``; ``r_t^2 = (rho_t - 4) (rho_t - 2)
+    rho_inf / ((rho_inf - 4) (rho_inf - 2) rho_t)``, which has a meaning only where ``rho_t > 4``.
+    """
+    limit = 2 / (1 - beta2) - 1
+    power: Number = beta2**step
+    rho = limit - 2 * step * power / (1 - power)
+    above = (limit - 4) * (limit - 2) * rho
+    if not isinstance(above, Tensor) and above == 0:
+        return rho, 0.0
+    return rho, (rho - 4) * (rho - 2) * limit / above
+
+
+@dataclass(frozen=True)
+class RectifiedMoments(Part):
+    """RAdam's direction: Adam's, shortened while the second moment rests on few squares, and without it at first.
+
+    ``m <- b1 m + (1 - b1) u``, ``v <- b2 v + (1 - b2) u^2``; where ``rho_t > 5`` then
+    ``u <- r_t (m / bc1) sqrt(bc2) / (sqrt(v) + eps)`` with ``bc = 1 - b^t``, else ``u <- m / bc1``, or 0 with ``skip``.
+    See ``rectification`` for ``rho_t`` and ``r_t``. The bound is torch's; the paper's is 4. With ``b2 <= 2/3`` it is
+    never reached. State: ``exp_avg``, ``exp_avg_sq``. Source: Liu et al. 2019, 1908.03265.
+    """
+
+    betas: str = "betas"
+    eps: str = "eps"
+    skip: bool = False
+    bound: ClassVar[float] = 5.0
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Group keys it reads."""
+        return (self.betas, self.eps)
+
+    def slots(self, block: Block) -> dict[str, Slot]:
+        """First and second moment."""
+        return {"exp_avg": Slot(basis="vector"), "exp_avg_sq": Slot(basis="square")}
+
+    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """Advance both moments; divide where there are squares enough."""
+        beta1, beta2 = h[self.betas]
+        g, first, second = x.read(), s["exp_avg"], s["exp_avg_sq"]
+        first.lerp_(g, 1 - beta1)
+        second.mul_(beta2).addcmul_(g, g, 1 - beta2)
+        rho, square = rectification(x.step, beta2)
+        early: Number = (0.0 if self.skip else 1.0) / (1 - beta1**x.step)
+        late = (1 - beta2**x.step) ** 0.5 / (1 - beta1**x.step)
+        if isinstance(rho, Tensor):  # a graph for every step: both ways, and a choice
+            enough = rho > self.bound
+            root = x.fresh().copy_(second).sqrt_().add_(h[self.eps] * x.eps_scale)
+            root.apply_(lambda row: row.copy_(torch.where(enough, row, torch.ones_like(row)))).rdiv_(first)
+            x.scale(torch.where(enough, square**0.5 * late, early))  # square < 0 is left out
+        elif rho > self.bound:
+            x.fresh().copy_(second).sqrt_().add_(h[self.eps] * x.eps_scale).rdiv_(first)
+            x.scale(square**0.5 * late)
+        else:
+            x.lend(first)
+            x.scale(early)
+
+    def flops(self, block: Block) -> float:
+        """About 12 per element."""
+        return 12.0 * block.numel

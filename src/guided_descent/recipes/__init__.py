@@ -1,7 +1,7 @@
 """Recipes: one short file for each family of optimizers."""
 
 from guided_descent.recipes.adam import AdamW, NAdamW
-from guided_descent.recipes.adaptive import Adadelta, Adagrad, Adamax, RMSprop
+from guided_descent.recipes.adaptive import Adadelta, Adagrad, Adamax, RAdam, RMSprop
 from guided_descent.recipes.base import REGISTRY, Constraint, Info, Recipe, hyper, lookup, recipe, static
 from guided_descent.recipes.kfac import EKFAC, FOOF, KFAC
 from guided_descent.recipes.muon import Muon
@@ -42,6 +42,7 @@ __all__ = [
     "PSGDDiagonal",
     "PSGDKron",
     "PSGDLowRank",
+    "RAdam",
     "RMSprop",
     "Recipe",
     "SPlus",

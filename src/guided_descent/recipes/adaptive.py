@@ -1,4 +1,4 @@
-"""Diagonal methods around Adam, in torch's form: Adagrad, RMSProp, Adadelta, Adamax."""
+"""Diagonal methods around Adam, in torch's form: Adagrad, RMSProp, Adadelta, Adamax, RAdam."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from guided_descent.parts import (
     Momentum,
     Part,
     Parts,
+    RectifiedMoments,
     RootRatio,
     SquareAverage,
     SquareSum,
@@ -134,3 +135,25 @@ class Adamax(Recipe):
     def parts(self, block: Block) -> Parts:
         """Decay, quotient, step."""
         return Parts(_shrink(self.decay), MaximumMoments(), Descend())
+
+
+@recipe("radam", paper="Liu et al. 2019, arXiv:1908.03265", family="adam")
+@dataclass(frozen=True, kw_only=True)
+class RAdam(Recipe):
+    """Adam that warms itself up: its step grows with what the second moment rests on, as in torch.
+
+    ``g <- g + wd p``; the formula is in ``parts.RectifiedMoments``. ``warmup`` is what happens in the first steps (five
+    at the default betas), where the second moment cannot be trusted: ``p <- p - lr m / bc1``, which is as long as the
+    gradient, or no step.
+    """
+
+    lr: float = hyper(1e-3, ge=0, help="learning rate")
+    betas: tuple[float, float] = hyper((0.9, 0.999), ge=0, lt=1, help="memory of the first and second moment")
+    eps: float = hyper(1e-8, ge=0, help="added to the root of the second moment")
+    weight_decay: float = hyper(0.0, ge=0, help="decay, coupled unless decay says otherwise")
+    warmup: str = static("momentum", of=("momentum", "skip"), help="the first steps: along the momentum, or none")
+    decay: str = _decay()
+
+    def parts(self, block: Block) -> Parts:
+        """Decay, moments, step."""
+        return Parts(_shrink(self.decay), RectifiedMoments(skip=self.warmup == "skip"), Descend())
