@@ -40,6 +40,8 @@ RMSprop = class_of(recipes.RMSprop)
 Adadelta = class_of(recipes.Adadelta)
 Adamax = class_of(recipes.Adamax)
 RAdam = class_of(recipes.RAdam)
+SignSGD = class_of(recipes.SignSGD)
+Signum = class_of(recipes.Signum)
 
 __all__ = [
     "ASGO",
@@ -73,6 +75,8 @@ __all__ = [
     "RoutedOptimizer",
     "SPlus",
     "Shampoo",
+    "SignSGD",
+    "Signum",
     "SpectralDescent",
     "averaging",
     "build",

@@ -3,7 +3,7 @@
 from guided_descent.parts.adaptive import MaximumMoments, RectifiedMoments, RootRatio, SquareAverage, SquareSum
 from guided_descent.parts.base import ORDER, Batch, Found, Hyper, Needs, Part, Parts, Policy, Slot, State, Task
 from guided_descent.parts.estimate import AdamMoments, Ema, Momentum, NadamMoments, Velocity
-from guided_descent.parts.geometry import CARRIES, NS_DTYPES, Eigenbasis, Polar
+from guided_descent.parts.geometry import CARRIES, NS_DTYPES, Eigenbasis, Polar, Sign
 from guided_descent.parts.rows import Rows
 from guided_descent.parts.scale import SCALES, InverseTime, MatrixScale
 from guided_descent.parts.slow import Slow
@@ -37,6 +37,7 @@ __all__ = [
     "RectifiedMoments",
     "RootRatio",
     "Rows",
+    "Sign",
     "Slot",
     "Slow",
     "SquareAverage",

@@ -1,6 +1,6 @@
 """Geometries: the metric or norm in which the direction is steepest."""
 
 from guided_descent.parts.geometry.kronecker import CARRIES, Eigenbasis
-from guided_descent.parts.geometry.spectral import NS_DTYPES, Polar
+from guided_descent.parts.geometry.spectral import NS_DTYPES, Polar, Sign
 
-__all__ = ["CARRIES", "NS_DTYPES", "Eigenbasis", "Polar"]
+__all__ = ["CARRIES", "NS_DTYPES", "Eigenbasis", "Polar", "Sign"]

@@ -1,0 +1,45 @@
+"""Sign methods: every element moves by the learning rate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from guided_descent.parts import Decoupled, Descend, Ema, Parts, Sign
+from guided_descent.recipes.adam import DECAYS
+from guided_descent.recipes.base import Recipe, hyper, recipe, static
+from guided_descent.routing.roles import Block
+
+
+@recipe("signsgd", paper="Bernstein et al. 2018, arXiv:1802.04434", family="sign")
+@dataclass(frozen=True, kw_only=True)
+class SignSGD(Recipe):
+    """Descent along the signs of the gradient.
+
+    ``p <- p (1 - lr wd) - lr sign(g)``, with sign(0) = 0. Ranks average gradients before the sign; no votes are taken.
+    """
+
+    lr: float = hyper(1e-4, ge=0, help="length of every element's step")
+    weight_decay: float = hyper(0.0, ge=0, help="decay; lr * weight_decay is taken off in a step")
+    decay: str = static("decoupled", of=DECAYS, help="independent: the schedule's factor times weight_decay")
+
+    def parts(self, block: Block) -> Parts:
+        """Signs, decay, step."""
+        return Parts(Sign(), Decoupled(independent=self.decay == "independent"), Descend())
+
+
+@recipe("signum", paper="Bernstein et al. 2018, arXiv:1802.04434", family="sign")
+@dataclass(frozen=True, kw_only=True)
+class Signum(Recipe):
+    """Descent along the signs of the momentum.
+
+    ``b <- mu b + (1 - mu) g``; ``p <- p (1 - lr wd) - lr sign(b)``, with sign(0) = 0.
+    """
+
+    lr: float = hyper(1e-4, ge=0, help="length of every element's step")
+    momentum: float = hyper(0.9, ge=0, lt=1, help="memory of the momentum")
+    weight_decay: float = hyper(0.0, ge=0, help="decay; lr * weight_decay is taken off in a step")
+    decay: str = static("decoupled", of=DECAYS, help="independent: the schedule's factor times weight_decay")
+
+    def parts(self, block: Block) -> Parts:
+        """Momentum, signs, decay, step."""
+        return Parts(Ema(), Sign(), Decoupled(independent=self.decay == "independent"), Descend())
