@@ -42,6 +42,7 @@ Adamax = class_of(recipes.Adamax)
 RAdam = class_of(recipes.RAdam)
 SignSGD = class_of(recipes.SignSGD)
 Signum = class_of(recipes.Signum)
+Lion = class_of(recipes.Lion)
 
 __all__ = [
     "ASGO",
@@ -60,6 +61,7 @@ __all__ = [
     "Adamax",
     "ECShampoo",
     "KLShampoo",
+    "Lion",
     "Moonlight",
     "Muon",
     "MuonClip",

@@ -2,7 +2,7 @@
 
 from guided_descent.parts.adaptive import MaximumMoments, RectifiedMoments, RootRatio, SquareAverage, SquareSum
 from guided_descent.parts.base import ORDER, Batch, Found, Hyper, Needs, Part, Parts, Policy, Slot, State, Task
-from guided_descent.parts.estimate import AdamMoments, Ema, Momentum, NadamMoments, Velocity
+from guided_descent.parts.estimate import AdamMoments, Ema, LionMomentum, Momentum, NadamMoments, Velocity
 from guided_descent.parts.geometry import CARRIES, NS_DTYPES, Eigenbasis, Polar, Sign
 from guided_descent.parts.rows import Rows
 from guided_descent.parts.scale import SCALES, InverseTime, MatrixScale
@@ -25,6 +25,7 @@ __all__ = [
     "Found",
     "Hyper",
     "InverseTime",
+    "LionMomentum",
     "MatrixScale",
     "MaximumMoments",
     "Momentum",

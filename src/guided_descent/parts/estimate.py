@@ -119,6 +119,38 @@ class Ema(Part):
 
 
 @dataclass(frozen=True)
+class LionMomentum(Part):
+    """Lion's mixture of gradient and momentum: ``u <- b1 m + (1 - b1) u`` with the old ``m``, then ``m`` advances.
+
+    ``m <- b2 m + (1 - b2) u`` takes the direction as it came in. State: ``exp_avg``, shaped like the parameter. Source:
+    Chen et al. 2023, 2302.06675.
+    """
+
+    betas: str = "betas"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Group keys it reads."""
+        return (self.betas,)
+
+    def slots(self, block: Block) -> dict[str, Slot]:
+        """The momentum."""
+        return {"exp_avg": Slot(basis="vector")}
+
+    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """Mix with the old momentum, then advance it."""
+        beta1, beta2 = h[self.betas]
+        g, average = x.read(), s["exp_avg"]
+        old = x.spare("momentum").copy_(average)
+        average.lerp_(g, 1 - beta2)
+        x.own().lerp_(old, beta1)
+
+    def flops(self, block: Block) -> float:
+        """About 6 per element."""
+        return 6.0 * block.numel
+
+
+@dataclass(frozen=True)
 class AdamMoments(Part):
     """Adam's direction: first moment over the root of the second, both bias-corrected.
 

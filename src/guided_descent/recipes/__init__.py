@@ -8,7 +8,7 @@ from guided_descent.recipes.muon import Muon
 from guided_descent.recipes.psgd import PSGDDiagonal, PSGDKron, PSGDLowRank
 from guided_descent.recipes.sgd import SGD
 from guided_descent.recipes.shampoo import ASGO, KLSOAP, ECShampoo, KLShampoo, Shampoo
-from guided_descent.recipes.sign import SignSGD, Signum
+from guided_descent.recipes.sign import Lion, SignSGD, Signum
 from guided_descent.recipes.singd import SINGD
 from guided_descent.recipes.soap import SOAP
 from guided_descent.recipes.spectral import AdaMuon, Moonlight, MuonClip, NorMuon, SpectralDescent
@@ -35,6 +35,7 @@ __all__ = [
     "ECShampoo",
     "Info",
     "KLShampoo",
+    "Lion",
     "Moonlight",
     "Muon",
     "MuonClip",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from guided_descent.parts import Decoupled, Descend, Ema, Parts, Sign
+from guided_descent.parts import Decoupled, Descend, Ema, LionMomentum, Parts, Sign
 from guided_descent.recipes.adam import DECAYS
 from guided_descent.recipes.base import Recipe, hyper, recipe, static
 from guided_descent.routing.roles import Block
@@ -43,3 +43,23 @@ class Signum(Recipe):
     def parts(self, block: Block) -> Parts:
         """Momentum, signs, decay, step."""
         return Parts(Ema(), Sign(), Decoupled(independent=self.decay == "independent"), Descend())
+
+
+@recipe("lion", paper="Chen et al. 2023, arXiv:2302.06675", family="sign")
+@dataclass(frozen=True, kw_only=True)
+class Lion(Recipe):
+    """Descent along the signs of a mixture of gradient and momentum.
+
+    ``u = sign(b1 m + (1 - b1) g)`` with the old ``m``; ``p <- p (1 - lr wd) - lr u``; then ``m <- b2 m + (1 - b2) g``.
+    Learning rates are 3 to 10 times below AdamW's and decays as much above, so that ``lr wd`` is the same; so it is at
+    the defaults of both.
+    """
+
+    lr: float = hyper(1e-4, ge=0, help="length of every element's step")
+    betas: tuple[float, float] = hyper((0.9, 0.99), ge=0, lt=1, help="share of the momentum in a step, and its memory")
+    weight_decay: float = hyper(0.1, ge=0, help="decay; lr * weight_decay is taken off in a step")
+    decay: str = static("decoupled", of=DECAYS, help="independent: the schedule's factor times weight_decay")
+
+    def parts(self, block: Block) -> Parts:
+        """Mixture, signs, decay, step."""
+        return Parts(LionMomentum(), Sign(), Decoupled(independent=self.decay == "independent"), Descend())
