@@ -29,3 +29,24 @@ def signum(
         p = p * (1 - rate / (independent or 1) * weight_decay) - rate * torch.sign(b)
         path.append(p)
     return path
+
+
+def lion(
+    p: Tensor,
+    grad: Grad,
+    steps: int,
+    lr: Rate,
+    *,
+    betas: tuple[float, float] = (0.9, 0.99),
+    weight_decay: float = 0.0,
+    independent: float | None = None,
+) -> list[Tensor]:
+    """p (1 - lr wd) - lr sign(b1 m + (1 - b1) g) with the old m; then m = b2 m + (1 - b2) g."""
+    (b1, b2), p, path = betas, p.double().clone(), []
+    m = torch.zeros_like(p)
+    for t in range(1, steps + 1):
+        g, rate = grad(t, p).double(), at(lr, t)
+        p = p * (1 - rate / (independent or 1) * weight_decay) - rate * torch.sign(b1 * m + (1 - b1) * g)
+        m = b2 * m + (1 - b2) * g
+        path.append(p)
+    return path
