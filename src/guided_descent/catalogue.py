@@ -22,7 +22,7 @@ def list_optimizers(family: str | None = None) -> list[str]:
 
     Example:
         >>> list_optimizers(family="adam")
-        ['adamw', 'nadamw']
+        ['adamw', 'nadamw', 'radam']
     """
     families = sorted({info.family for info in REGISTRY.values()})
     if family is not None and family not in families:
