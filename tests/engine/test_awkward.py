@@ -237,6 +237,10 @@ def test_a_wrapper_clips_any_recipe() -> None:
 
     @dataclass(frozen=True)
     class Unit1(Clip):
+        @property
+        def keys(self) -> tuple[str, ...]:
+            return ()
+
         def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
             x.scale(float(1 / total["square"].sqrt()))
 
