@@ -476,6 +476,31 @@ TORCH: dict[str, tuple[Any, dict[str, Any], str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("cls", "numbers", "name", "fits"),
+    [
+        (torch.optim.RAdam, {"decoupled_weight_decay": True}, "radam", False),
+        (torch.optim.RAdam, {"decoupled_weight_decay": False}, "radam", True),
+        (torch.optim.NAdam, {"decoupled_weight_decay": False}, "nadamw", False),
+        (torch.optim.Adam, {}, "adamw", False),
+    ],
+)
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_another_kind_of_decay_is_refused(
+    cls: Any, numbers: dict[str, Any], name: str, fits: bool, decay: float
+) -> None:
+    net, other = Plain(), Plain()
+    theirs = cls(net.parameters(), lr=0.01, weight_decay=decay, **numbers)
+    fill(net.parameters(), 0)
+    theirs.step()
+    ours = gd.optimizer(name, other.parameters(), lr=0.01, weight_decay=decay)
+    if fits or not decay:
+        ours.load_state_dict(theirs.state_dict())
+        return
+    with pytest.raises(ValueError, match=r"decoupled_weight_decay of param group 0 was .*: build with decay='"):
+        ours.load_state_dict(theirs.state_dict())
+
+
 @pytest.mark.parametrize("name", TORCH)
 @pytest.mark.parametrize("named", [False, True], ids=["bare", "named"])
 def test_a_state_dict_of_torch_continues_here(name: str, named: bool) -> None:

@@ -222,6 +222,14 @@ def _group_update(group: Mapping[str, Any], recipe: Recipe, saved: Mapping[str, 
                 f"{key} of param group {index} was {saved[key]!r} when the state was saved and is {group[key]!r} here: "
                 "it chooses structure; build with the saved value"
             )
+    decoupled = saved.get("decoupled_weight_decay")  # torch's name for what is called decay here
+    known = decoupled is not None and "decay" in group and "recipe" not in saved
+    if known and saved.get("weight_decay") and bool(decoupled) != (group["decay"] != "coupled"):
+        raise ValueError(
+            f"decoupled_weight_decay of param group {index} was {decoupled} when the state was saved and decay is "
+            f"{group['decay']!r} here: build with decay={('decoupled' if decoupled else 'coupled')!r}, or a recipe "
+            "that has it"
+        )
     if saved.get("rounding", group["rounding"]) != group["rounding"]:
         raise ValueError(
             f"rounding of param group {index} was {saved['rounding']!r} when the state was saved and is "
