@@ -206,7 +206,10 @@ def methods() -> dict[str, Method]:
         "ec_shampoo": Method([ours("ec_shampoo", precondition_frequency=10)], block=10, sets=kronecker),
         "kl_soap": Method([ours("kl_soap", precondition_frequency=10)], block=10, sets=kronecker),
         "tonga": Method([ours("tonga")], block=10, sets=("one-512",)),
-        "psgd_lra": Method([ours("psgd_lra")], sets=("one-512",)),
+        "psgd_lra": Method(
+            [*peer("heavyball", "PSGDLRA", rank=10, preconditioner_update_probability=1.0), ours("psgd_lra")],
+            sets=("one-512",),
+        ),
         "psgd_diagonal": Method([ours("psgd_diagonal")], sets=("one-512",)),
     }
     for method in list(found.values())[3:]:

@@ -38,6 +38,7 @@ class Rates:
         solvers: Spent in factorisations.
         bare_solvers: The same factorisations, bare.
         flops: Floating point operations of the products.
+        longest: Spent in the longest factorisation, a batch being one.
     """
 
     products: float
@@ -45,6 +46,7 @@ class Rates:
     solvers: float
     bare_solvers: float
     flops: float
+    longest: float
 
     def row(self) -> dict[str, float]:
         """Plain numbers: rates in GFLOP/s, the share of the bare rate, and the cost over the bare factorisations."""
@@ -65,6 +67,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.times: Counter[Any] = Counter()
         self.counts: Counter[Any] = Counter()
+        self.longest = 0.0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function.overloadpacket.__name__
@@ -75,8 +78,11 @@ class Recorder(TorchDispatchMode):
         key = (name, tuple(tuple(value.shape) for value in operands), operands[0].dtype)
         start = time.process_time()
         result = function(*args, **(kwargs or {}))
-        self.times[key] += time.process_time() - start
+        spent = time.process_time() - start
+        self.times[key] += spent
         self.counts[key] += 1
+        if name in SOLVERS:
+            self.longest = max(self.longest, spent)
         return result
 
 
@@ -95,7 +101,7 @@ def measure(step: Callable[[], Any], steps: int) -> Rates:
             *batch, m, k = shapes[0]
             n = shapes[1][-1]
             totals["flops"] += count * 2.0 * m * k * n * (batch[0] if batch else 1)
-    return Rates(**totals)
+    return Rates(**totals, longest=recorder.longest)
 
 
 def _bare(name: str, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, least: float = 0.05) -> float:

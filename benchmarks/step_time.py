@@ -8,15 +8,19 @@ Sets: the parameters of a GPT of 6 layers and width 512, of one of 4 layers and 
 methods; a smaller one where factors are kept), of the autoencoder 784-1000-500-250-30, and 1,000 small tensors. Each
 round times every contestant once, in turn; a contestant is a block of steps that covers whole refresh periods. The
 ratio is the median over rounds of ours / peer within the same round. The tail is the 99th percentile of single steps
-over their mean. For our matrix methods the rates say how near the matrix products and factorisations of a step come to
-the bare calls; see ``rates.py``.
+over their mean. Python's garbage collector is off while steps are timed, as in ``timeit``: a full collection costs
+0.2 s with torch loaded and falls on whichever contestant is running. Each contestant is timed for at least 60 steps,
+and for up to 400 where all of them take less than 20 s. For our matrix methods the rates say how near the matrix
+products and factorisations of a step come to the bare calls; see ``rates.py``.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import json
+import math
 import os
 import platform
 import statistics
@@ -35,6 +39,8 @@ import guided_descent as gd
 from contestants import FAMILIES, SETS, Contestant, Method, methods
 from rates import measure
 
+#: Steps of each contestant, and CPU seconds of all of them together that bound the steps between.
+LEAST_STEPS, MOST_STEPS, SECONDS = 60, 400, 20.0
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "step-time.md"
 
@@ -110,24 +116,30 @@ def orthogonality(method: str) -> dict[str, float]:
 
 
 def run(name: str, method: Method, set_name: str, rounds: int) -> dict[str, object]:
-    """Time a method on a set; medians, quartiles and the ratio to the reference."""
+    """Time a method on a set, 0 rounds being as many as fit; medians, quartiles and the ratio to the reference."""
     shapes = SETS[set_name](method.matrices)
     arms: list[tuple[Contestant, Callable[[], object], torch.optim.Optimizer]] = []
     first: dict[str, float] = {}
     failed: dict[str, str] = {}
+    cost = 0.0  # CPU seconds of a round
     for contestant in method.contestants:
         params = parameters(shapes)
         optimizer = contestant.make(params)
         step = fed(optimizer, params)
         try:
             first[contestant.name] = cpu(step, 1)[0]
-            cpu(step, max(2, method.block))
+            warm = sum(cpu(step, max(2, method.block))) / max(2, method.block)
         except Exception as error:  # another library's step may fail here, and the table says so
             if contestant.ours:
                 raise
             failed[contestant.name] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:120]
             continue
         arms.append((contestant, step, optimizer))
+        cost += warm * method.block
+    least, most = -(-LEAST_STEPS // method.block), -(-MOST_STEPS // method.block)
+    rounds = rounds or min(max(math.ceil(SECONDS / cost), least), most)
+    gc.collect()
+    gc.disable()
     times: dict[str, list[float]] = {contestant.name: [] for contestant, _, _ in arms}
     single: dict[str, list[float]] = {contestant.name: [] for contestant, _, _ in arms}
     for number in range(rounds):
@@ -135,6 +147,7 @@ def run(name: str, method: Method, set_name: str, rounds: int) -> dict[str, obje
             found = cpu(step, method.block)
             single[contestant.name] += found
             times[contestant.name].append(sum(found) / method.block)
+    gc.enable()
     reference = arms[0][0].name
     rows = []
     for contestant, step, optimizer in arms:
@@ -150,10 +163,13 @@ def run(name: str, method: Method, set_name: str, rounds: int) -> dict[str, obje
             "ratio_quartiles": [quartiles[0], quartiles[2]],
             "tail": percentile(single[contestant.name], 0.99) / statistics.mean(single[contestant.name]),
         }
-        if contestant.ours and method.matrices:
-            row |= measure(step, method.block).row()
         if isinstance(optimizer, gd.Optimizer):
-            row["tail_bound"] = max(1.3, 1 + largest_task(optimizer) / statistics.mean(single[contestant.name]))
+            longest = largest_task(optimizer)
+            if method.matrices:
+                rates = measure(step, method.block)
+                longest = max(longest, rates.longest)
+                row |= rates.row()
+            row["tail_bound"] = max(1.3, 1 + longest / statistics.mean(single[contestant.name]))
             row["refreshes"] = sum(c.get("refreshes", 0) for c in optimizer.audit().values())
             row["skipped_refreshes"] = sum(c.get("skipped_refreshes", 0) for c in optimizer.audit().values())
             row["state_bytes"] = optimizer.state_bytes()
@@ -201,10 +217,10 @@ def page() -> str:
         "",
         "Process CPU milliseconds of one optimizer step on one thread, contestants in turn, median over rounds. The",
         "ratio is to the first row of a group, of the same round, with quartiles. The tail is the 99th percentile of",
-        "single steps over their mean; its bound, for ours, 1 + the longest piece of slow work that cannot be divided",
-        "over the mean, and at least 1.3. Products: the rate of our matrix products as a share of that of `torch.mm`",
-        "of the same shapes and dtype. Solvers: the time of our factorisations over that of the bare `torch.linalg`",
-        "calls.",
+        "single steps over their mean, Python's garbage collector off; its bound, for ours, 1 + the longest piece of",
+        "slow work that cannot be divided over the mean, at least 1.3. Products: the rate of our matrix products as a",
+        "share of that of `torch.mm` of the same shapes and dtype. Solvers: the time of our factorisations over",
+        "that of the bare `torch.linalg` calls.",
     ]
     for family in FAMILIES:
         path = RESULTS / f"step_time-{family}.json"
@@ -248,7 +264,7 @@ def main() -> None:
     parser.add_argument("family", nargs="?", choices=list(FAMILIES), help="left out: all of them")
     parser.add_argument("--sets", nargs="*", default=list(SETS), choices=list(SETS))
     parser.add_argument("--methods", nargs="*", default=list(known), choices=list(known))
-    parser.add_argument("--rounds", type=int, default=0, help="rounds for each table; 0 chooses by cost")
+    parser.add_argument("--rounds", type=int, default=0, help="rounds of each table; 0: by cost, see above")
     parser.add_argument("--out", type=Path, help="where the JSON goes instead; the page stays as it is")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -258,8 +274,7 @@ def main() -> None:
         for name in (name for name in options.methods if name in FAMILIES[family]):
             errors = orthogonality(name)
             for set_name in (set_name for set_name in options.sets if set_name in known[name].sets):
-                rounds = options.rounds or (max(7, -(-60 // known[name].block)) if known[name].matrices else 41)
-                result = run(name, known[name], set_name, rounds)
+                result = run(name, known[name], set_name, options.rounds)
                 if errors:
                     result["non_orthogonality"] = errors
                 show(result, errors)

@@ -55,13 +55,14 @@ class LowRankNatural(Part):
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Put the direction in as the newest column and solve."""
         columns = s["columns"]
-        groups, _, length = columns.shape[1:]
         u = x.take().whole
         turn = (x.step - 1) % self.every
         newest = torch.arange(-self.rank, self.every, device=u.device) == turn
         columns.mul_(h[self.gamma] ** 0.5)
-        columns.copy_(torch.where(newest[:, None], u.reshape(len(u), groups, 1, length), columns))
-        gram, scale = self.gram(columns)
+        place = torch.as_tensor(turn + self.rank, dtype=torch.int64, device=u.device).reshape(1)
+        columns.index_copy_(2, place, u.view(len(u), columns.shape[1], 1, -1))
+        scaled = x.work.take("tonga", columns.shape, columns.dtype, columns.device)
+        gram, scale = self.gram(columns, scaled)
         system = gram.clone()
         lam = h[self.damping] / scale.square()
         noise = torch.finfo(columns.dtype).eps * system.shape[-1]
@@ -69,20 +70,24 @@ class LowRankNatural(Part):
         unit = newest.to(system.dtype)[:, None].expand(*system.shape[:-1], 1)
         factor, _ = torch.linalg.cholesky_ex(system)
         weights = torch.cholesky_solve(unit, factor).squeeze(-1) / scale[..., None]
-        scaled = columns / scale[..., None, None].to(columns.dtype)
-        u.copy_((weights.to(columns.dtype).unsqueeze(-2) @ scaled).view(u.shape))
+        torch.div(columns, scale[..., None, None].to(columns.dtype), out=scaled)
+        torch.matmul(weights.to(columns.dtype).unsqueeze(-2), scaled, out=u.view(*columns.shape[:2], 1, -1))
         if bool(turn == self.every - 1):
             x.tick("truncations")
             if not self.truncate(columns, gram):
                 x.tick("fallbacks")
 
     @staticmethod
-    def gram(columns: Tensor) -> tuple[Tensor, Tensor]:
-        """``X^T X`` over the square of the longest column's length, in float64, and that length [B, groups]."""
-        peak = columns.abs().amax((-2, -1)).clamp(min=torch.finfo(columns.dtype).tiny)
-        scaled = columns / peak[..., None, None]
+    def gram(columns: Tensor, scaled: Tensor) -> tuple[Tensor, Tensor]:
+        """``X^T X`` over the square of the longest column's length, in float64, and that length [B, groups].
+
+        ``scaled`` becomes X over that length. The division goes by way of ``max |X|``, so that no square is lost.
+        """
+        flat = columns.flatten(-2)  # vector_norm of order inf would take 25 times as long
+        peak = torch.maximum(flat.amax(-1), -flat.amin(-1)).clamp(min=torch.finfo(columns.dtype).tiny)
+        torch.div(columns, peak[..., None, None], out=scaled)
         length = torch.linalg.vector_norm(scaled, dim=-1).amax(-1).clamp(min=1.0)
-        scaled = scaled / length[..., None, None]
+        scaled.div_(length[..., None, None])
         return (scaled @ scaled.mT).double(), peak.double() * length.double()
 
     def truncate(self, columns: Tensor, gram: Tensor) -> bool:
@@ -103,5 +108,5 @@ class LowRankNatural(Part):
         return groups * (2.0 * c * c * length + c**3 / 3 + 2.0 * c * length)
 
     def scratch(self, block: Block) -> int:
-        """A copy of the columns."""
+        """The scaled columns."""
         return 4 * block.numel * (self.rank + self.every)
