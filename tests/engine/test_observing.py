@@ -152,11 +152,13 @@ def test_a_weight_and_its_bias_are_one_block_and_only_the_weight_decays() -> Non
 def test_due_steps_and_nothing_between() -> None:
     model, (x, y) = net(), data()
     opt = gd.build(model, Watcher(every=3))
-    due = []
+    due: list[bool] = []
+    expected: dict[str, tuple[Tensor, Tensor]] = {}
     for _ in range(7):
         opt.zero_grad()
         due.append(opt.due("curvature"))
-        expected = dense(model, x, y) if due[-1] else expected  # noqa: F821
+        if due[-1]:
+            expected = dense(model, x, y)
         F.cross_entropy(model(x), y).backward()
         opt.step()
         check(opt, model, expected)
