@@ -175,3 +175,48 @@ def test_soap_honours_them(path: str) -> None:
     got = train(opt, list(model.parameters()), [grad], 25)[0]
     # Half the step at the same decay is half the rate at twice the decay.
     assert far(got, soap(start, grad, 25, 0.05, eps=0.1, weight_decay=0.6)) < 1e-9
+
+
+@pytest.mark.parametrize("name", DECOUPLED)
+def test_corrected_decay_follows_the_square_of_the_schedule(name: str) -> None:
+    left = shrinkage(name, 0.1, 0.5, weight_decay=0.2, decay="corrected")
+    torch.testing.assert_close(left, torch.full_like(left, 0.98 * 0.995), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("path", [{}, {"foreach": False}, {"compile": True}], ids=["lists", "plain", "compiled"])
+def test_cautious_decay_leaves_weights_alone_that_grow(path: dict[str, bool]) -> None:
+    start, grad = torch.randn(4, 5, dtype=torch.float64), stream((4, 5), 2)
+    p, q = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    plain = gd.AdamW([p], lr=0.03, weight_decay=0.0)
+    opt = gd.AdamW([q], lr=0.03, weight_decay=0.4, decay="cautious", **path)
+    if path.get("compile"):
+        opt._engine.compiled.backend = "eager"
+    spared = 0
+    for t in range(1, 41):
+        before = q.detach().clone()
+        p.data.copy_(before)
+        p.grad = q.grad = grad(t, before)
+        plain.step()
+        opt.step()
+        step = before - p.detach()
+        shrinks = step * before > 0
+        spared += int((~shrinks).sum())
+        want = p.detach() - 0.03 * 0.4 * before * shrinks
+        torch.testing.assert_close(q.detach(), want, atol=1e-14, rtol=1e-12)
+    assert 100 < spared < 700
+
+
+def test_cautious_decay_of_a_weight_and_bias_that_are_one_block() -> None:
+    x, y = torch.randn(16, 4).double(), torch.randint(3, (16,))
+    nets = []
+    for decay in (0.0, 0.5):
+        torch.manual_seed(3)
+        net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 3)).double()
+        opt = gd.KFAC(net, loss="cross_entropy", fisher="exact", lr=0.1, weight_decay=decay, decay="cautious")
+        before = [p.detach().clone() for p in net.parameters()]
+        torch.nn.functional.cross_entropy(net(x), y).backward()
+        opt.step()
+        nets.append([p.detach() for p in net.parameters()])
+    for old, plain, decayed in zip(before, *nets):
+        shrinks = (old - plain) * old > 0 if old.ndim == 2 else torch.zeros_like(old, dtype=torch.bool)
+        torch.testing.assert_close(decayed, plain - 0.1 * 0.5 * old * shrinks, atol=1e-12, rtol=1e-9)

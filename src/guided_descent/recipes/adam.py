@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from guided_descent.parts import AdamMoments, Decoupled, Descend, NadamMoments, Parts
-from guided_descent.recipes.base import Recipe, hyper, recipe, static
+from guided_descent.parts import DECAYS, AdamMoments, Descend, NadamMoments, Parts
+from guided_descent.recipes.base import Recipe, decay_kind, hyper, recipe, static
 from guided_descent.routing.roles import Block
-
-DECAYS = ("decoupled", "independent")
 
 
 @recipe("adamw", paper="Loshchilov and Hutter 2017, arXiv:1711.05101", family="adam")
@@ -24,11 +22,11 @@ class AdamW(Recipe):
     eps: float = hyper(1e-8, ge=0, help="added to the root of the second moment")
     weight_decay: float = hyper(1e-2, ge=0, help="decay; lr * weight_decay is taken off in a step")
     amsgrad: bool = static(False, help="divide by the running maximum of the second moment")
-    decay: str = static("decoupled", of=DECAYS, help="independent: the schedule's factor times weight_decay")
+    decay: str = decay_kind()
 
     def parts(self, block: Block) -> Parts:
         """Moments, decay, step."""
-        return Parts(AdamMoments(amsgrad=self.amsgrad), Decoupled(independent=self.decay == "independent"), Descend())
+        return Parts(AdamMoments(amsgrad=self.amsgrad), DECAYS[self.decay], Descend())
 
 
 @recipe("nadamw", paper="Dozat 2016; Loshchilov and Hutter 2017, arXiv:1711.05101", family="adam")
@@ -44,8 +42,8 @@ class NAdamW(Recipe):
     eps: float = hyper(1e-8, ge=0, help="added to the root of the second moment")
     weight_decay: float = hyper(1e-2, ge=0, help="decay; lr * weight_decay is taken off in a step")
     momentum_decay: float = hyper(4e-3, ge=0, help="speed at which the momentum rises from half of beta1 to beta1")
-    decay: str = static("decoupled", of=DECAYS, help="independent: the schedule's factor times weight_decay")
+    decay: str = decay_kind()
 
     def parts(self, block: Block) -> Parts:
         """Moments, decay, step."""
-        return Parts(NadamMoments(), Decoupled(independent=self.decay == "independent"), Descend())
+        return Parts(NadamMoments(), DECAYS[self.decay], Descend())

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from guided_descent.parts import (
-    L2,
-    Decoupled,
+    ALL_DECAYS,
     Descend,
     Displace,
     InverseTime,
     MaximumMoments,
     Momentum,
-    Part,
     Parts,
     RectifiedMoments,
     RootRatio,
@@ -20,24 +18,10 @@ from guided_descent.parts import (
     SquareSum,
     Velocity,
 )
-from guided_descent.recipes.adam import DECAYS
-from guided_descent.recipes.base import Recipe, hyper, recipe, static
+from guided_descent.recipes.base import Recipe, decay_kind, hyper, recipe, static
 from guided_descent.routing.roles import Block
 
-#: Coupled decay too: these methods have it in torch.
-ALL_DECAYS = ("coupled", *DECAYS)
 FORMS = ("torch", "tensorflow")
-
-
-def _decay() -> str:
-    """The field ``decay``, coupled by default."""
-    choice: str = static("coupled", of=ALL_DECAYS, help="coupled: wd p joins the gradient; decoupled: as in AdamW")
-    return choice
-
-
-def _shrink(decay: str) -> Part:
-    """The part of a kind of decay."""
-    return L2() if decay == "coupled" else Decoupled(independent=decay == "independent")
 
 
 @recipe("adagrad", paper="Duchi, Hazan and Singer 2011, JMLR 12", family="adaptive")
@@ -53,7 +37,7 @@ class Adagrad(Recipe):
     eps: float = hyper(1e-10, ge=0, help="added to the root of the sum")
     weight_decay: float = hyper(0.0, ge=0, help="decay, coupled unless decay says otherwise")
     initial_accumulator_value: float = static(0.0, help="what the sum of squares begins with")
-    decay: str = _decay()
+    decay: str = decay_kind("coupled", coupled=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,7 +49,7 @@ class Adagrad(Recipe):
 
     def parts(self, block: Block) -> Parts:
         """Decay, quotient, shrinking rate, step."""
-        return Parts(_shrink(self.decay), SquareSum(start=self.initial_accumulator_value), InverseTime(), Descend())
+        return Parts(ALL_DECAYS[self.decay], SquareSum(start=self.initial_accumulator_value), InverseTime(), Descend())
 
 
 @recipe("rmsprop", paper="Tieleman and Hinton 2012; Graves 2013, arXiv:1308.0850", family="adaptive")
@@ -85,17 +69,17 @@ class RMSprop(Recipe):
     momentum: float = hyper(0.0, ge=0, lt=1, structural=True, help="momentum mu of the quotients")
     centered: bool = static(False, help="divide by the deviation and not by the root mean square")
     form: str = static("torch", of=FORMS, help="tensorflow: eps inside the root, v from 1, rate inside the momentum")
-    decay: str = _decay()
+    decay: str = decay_kind("coupled", coupled=True)
 
     def parts(self, block: Block) -> Parts:
         """Decay, quotient, momentum, step."""
         inside = self.form == "tensorflow"
         average = SquareAverage(centered=self.centered, inside=inside, start=float(inside))
         if not self.momentum:
-            return Parts(_shrink(self.decay), average, Descend())
+            return Parts(ALL_DECAYS[self.decay], average, Descend())
         if inside:
-            return Parts(_shrink(self.decay), average, Velocity(), Displace())
-        return Parts(_shrink(self.decay), average, Momentum(dampening="").at("momentum"), Descend())
+            return Parts(ALL_DECAYS[self.decay], average, Velocity(), Displace())
+        return Parts(ALL_DECAYS[self.decay], average, Momentum(dampening="").at("momentum"), Descend())
 
 
 @recipe("adadelta", paper="Zeiler 2012, arXiv:1212.5701", family="adaptive")
@@ -111,11 +95,11 @@ class Adadelta(Recipe):
     rho: float = hyper(0.9, ge=0, lt=1, help="memory of both averages")
     eps: float = hyper(1e-6, ge=0, help="inside both roots; sets the length of the first steps")
     weight_decay: float = hyper(0.0, ge=0, help="decay, coupled unless decay says otherwise")
-    decay: str = _decay()
+    decay: str = decay_kind("coupled", coupled=True)
 
     def parts(self, block: Block) -> Parts:
         """Decay, ratio, step."""
-        return Parts(_shrink(self.decay), RootRatio(), Descend())
+        return Parts(ALL_DECAYS[self.decay], RootRatio(), Descend())
 
 
 @recipe("adamax", paper="Kingma and Ba 2014, arXiv:1412.6980", family="adaptive")
@@ -130,11 +114,11 @@ class Adamax(Recipe):
     betas: tuple[float, float] = hyper((0.9, 0.999), ge=0, lt=1, help="memory of the moment, fading of the maximum")
     eps: float = hyper(1e-8, ge=0, help="added to the size of the gradient, inside the maximum")
     weight_decay: float = hyper(0.0, ge=0, help="decay, coupled unless decay says otherwise")
-    decay: str = _decay()
+    decay: str = decay_kind("coupled", coupled=True)
 
     def parts(self, block: Block) -> Parts:
         """Decay, quotient, step."""
-        return Parts(_shrink(self.decay), MaximumMoments(), Descend())
+        return Parts(ALL_DECAYS[self.decay], MaximumMoments(), Descend())
 
 
 @recipe("radam", paper="Liu et al. 2019, arXiv:1908.03265", family="adam")
@@ -152,8 +136,8 @@ class RAdam(Recipe):
     eps: float = hyper(1e-8, ge=0, help="added to the root of the second moment")
     weight_decay: float = hyper(0.0, ge=0, help="decay, coupled unless decay says otherwise")
     warmup: str = static("momentum", of=("momentum", "skip"), help="the first steps: along the momentum, or none")
-    decay: str = _decay()
+    decay: str = decay_kind("coupled", coupled=True)
 
     def parts(self, block: Block) -> Parts:
         """Decay, moments, step."""
-        return Parts(_shrink(self.decay), RectifiedMoments(skip=self.warmup == "skip"), Descend())
+        return Parts(ALL_DECAYS[self.decay], RectifiedMoments(skip=self.warmup == "skip"), Descend())

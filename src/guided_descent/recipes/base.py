@@ -16,6 +16,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor
 
 from guided_descent.parts.base import Parts
+from guided_descent.parts.decay import ALL_DECAYS, DECAYS
 from guided_descent.routing.roles import Block
 
 R = TypeVar("R", bound="Recipe")
@@ -74,6 +75,12 @@ def schedule() -> Any:
 def tolerance() -> Any:
     """The field ``refresh_tolerance`` of a recipe with slow work."""
     return hyper(0.0, ge=0, help="drift up to which a refresh is skipped; 0 skips none")
+
+
+def decay_kind(default: str = "decoupled", *more: str, coupled: bool = False, help: str = "") -> Any:
+    """The field ``decay`` of a recipe: one of ``DECAYS``, or of more kinds, for which ``help`` speaks."""
+    kinds = "independent: lr/lr_peak wd; corrected: lr/lr_peak lr wd; cautious: where the step shrinks the weight"
+    return static(default, of=(*(ALL_DECAYS if coupled else DECAYS), *more), help=f"{help}; {kinds}" if help else kinds)
 
 
 def product_dtype() -> Any:

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from guided_descent.parts import L2, Decoupled, Descend, Momentum, Part, Parts
+from guided_descent.parts import DECAYS, L2, Descend, Momentum, Part, Parts
 from guided_descent.parts.clip import KlClip
 from guided_descent.parts.damping import LevenbergMarquardt, QuadraticStep
 from guided_descent.parts.geometry.ekfac import Ekfac
 from guided_descent.parts.geometry.kfac import CHOICES, FORMS, RULES, Kfac
 from guided_descent.parts.geometry.kfac_inverse import KfacInverse
 from guided_descent.parts.geometry.kronecker import CARRIES
-from guided_descent.recipes.adam import DECAYS, AdamW
-from guided_descent.recipes.base import Recipe, hyper, lag, product_dtype, recipe, schedule, static, tolerance
+from guided_descent.recipes.adam import AdamW
+from guided_descent.recipes.base import (
+    Recipe,
+    decay_kind,
+    hyper,
+    lag,
+    product_dtype,
+    recipe,
+    schedule,
+    static,
+    tolerance,
+)
 from guided_descent.routing.roles import Block, Role
 
 FISHERS = ("mc", "exact", "empirical", "forward")
@@ -67,7 +77,7 @@ class KFAC(Recipe):
     damping_form: str = static("pi", of=FORMS, help="factored with pi, or the exact inverse")
     damping_rule: str = static("fixed", of=RULES, help="fixed, Levenberg-Marquardt, or generalised cross-validation")
     step: str = static("momentum", of=STEPS, help="quadratic: step and momentum from the batch's curvature, or factors")
-    decay: str = static("decoupled", of=(*DECAYS, "coupled"), help="coupled: into the gradient, before the metric")
+    decay: str = decay_kind(coupled=True, help="coupled: into the gradient, before the metric")
     max_dim: int = static(8192, help="longer sides have a diagonal factor")
     product_dtype: str = product_dtype()
     aux: Recipe = field(default_factory=lambda: AdamW(lr=1e-3, betas=(0.9, 0.95)))
@@ -112,7 +122,7 @@ class KFAC(Recipe):
     def parts(self, block: Block) -> Parts:
         """Decay into the gradient, metric, clip, momentum, decay, step."""
         coupled = "weight_decay" if self.decay == "coupled" else ""
-        decay: Part = L2() if coupled else Decoupled(independent=self.decay == "independent")
+        decay: Part = L2() if coupled else DECAYS[self.decay]
         parts: list[Part] = [self.geometry(), KlClip(coupled=coupled), decay, Descend()]
         exact = self.step == "quadratic"
         if self.step == "momentum":

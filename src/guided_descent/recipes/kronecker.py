@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from guided_descent.parts import Decoupled, Descend, Part, Parts
-from guided_descent.recipes.adam import DECAYS, AdamW
-from guided_descent.recipes.base import Recipe, hyper, lag, product_dtype, schedule, static, tolerance
+from guided_descent.parts import DECAYS, Descend, Part, Parts
+from guided_descent.recipes.adam import AdamW
+from guided_descent.recipes.base import Recipe, decay_kind, hyper, lag, product_dtype, schedule, static, tolerance
 from guided_descent.routing.roles import Block, Role
 
 
@@ -26,9 +26,7 @@ class Kronecker(Recipe):
     refresh_lag: int = lag()
     max_precond_dim: int = static(10_000, help="longer sides keep the identity")
     product_dtype: str = product_dtype()
-    decay: str = static(
-        "decoupled", of=(*DECAYS, "after"), help="after: decay follows the step, as in the paper's code"
-    )
+    decay: str = decay_kind("decoupled", "after", help="after: decoupled, following the step, as in the paper's code")
     aux: Recipe | None = None
 
     def default_aux(self) -> AdamW:
@@ -43,5 +41,5 @@ class Kronecker(Recipe):
 
     def finish(self, *parts: Part) -> Parts:
         """These parts, decay, step."""
-        decay = Decoupled(independent=self.decay == "independent")
-        return Parts(*parts, decay.at("decay_after") if self.decay == "after" else decay, Descend())
+        decay = DECAYS["decoupled"].at("decay_after") if self.decay == "after" else DECAYS[self.decay]
+        return Parts(*parts, decay, Descend())

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from guided_descent.linalg.polar import METHODS, NAMES
-from guided_descent.parts import NS_DTYPES, SCALES, Decoupled, Descend, Ema, MatrixScale, Parts, Polar
-from guided_descent.recipes.adam import DECAYS, AdamW
-from guided_descent.recipes.base import Recipe, hyper, recipe, static
+from guided_descent.parts import DECAYS, NS_DTYPES, SCALES, Descend, Ema, MatrixScale, Parts, Polar
+from guided_descent.recipes.adam import AdamW
+from guided_descent.recipes.base import Recipe, decay_kind, hyper, recipe, static
 from guided_descent.routing.roles import Block
 
 
@@ -31,7 +31,7 @@ class Muon(Recipe):
     ns_steps: int | None = static(None, help="number of polynomial steps; None takes the table's")
     ns_dtype: str = static("auto", of=NS_DTYPES, help="dtype of the orthogonalisation")
     ns_method: str = static("auto", of=METHODS, help="standard: the order of operations of torch.optim.Muon")
-    decay: str = static("decoupled", of=DECAYS, help="independent: the schedule's factor times weight_decay")
+    decay: str = decay_kind()
     aux: Recipe = field(default_factory=lambda: AdamW(lr=3e-4, betas=(0.9, 0.95)))
 
     def route(self, block: Block) -> Recipe:
@@ -44,6 +44,6 @@ class Muon(Recipe):
             Ema(nesterov=self.nesterov),
             Polar(),
             MatrixScale(),
-            Decoupled(independent=self.decay == "independent"),
+            DECAYS[self.decay],
             Descend(),
         )

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from guided_descent.parts import Decoupled, Descend, Part, Parts
+from guided_descent.parts import DECAYS, Descend, Part, Parts
 from guided_descent.parts.geometry.psgd import DiagonalWhiten
 from guided_descent.parts.geometry.psgd_kron import UPDATES, KronWhiten
 from guided_descent.parts.geometry.psgd_lowrank import LowRankWhiten
-from guided_descent.recipes.adam import DECAYS
-from guided_descent.recipes.base import Recipe, hyper, recipe, static
+from guided_descent.recipes.base import Recipe, decay_kind, hyper, recipe, static
 from guided_descent.routing.roles import Block, Role
 
 SOURCES = ("gradient", "momentum")
@@ -31,7 +30,7 @@ class _Whitening(Recipe):
         1.1, gt=0, optional=True, help="largest RMS of a tensor's direction; None is no limit"
     )
     whiten: str = static("gradient", of=SOURCES, help="what Q is fitted to; momentum shortens the step accordingly")
-    decay: str = static("decoupled", of=DECAYS, help="independent: the schedule's factor times weight_decay")
+    decay: str = decay_kind()
 
     def whitener(self, block: Block) -> Part:
         """The part that fits Q and whitens the direction of a block."""
@@ -39,7 +38,7 @@ class _Whitening(Recipe):
 
     def parts(self, block: Block) -> Parts:
         """Whitening, decay, step."""
-        return Parts(self.whitener(block), Decoupled(independent=self.decay == "independent"), Descend())
+        return Parts(self.whitener(block), DECAYS[self.decay], Descend())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from guided_descent.parts import CARRIES, L2, Decoupled, Descend, Momentum, Part, Parts
+from guided_descent.parts import CARRIES, DECAYS, L2, Descend, Momentum, Part, Parts
 from guided_descent.parts.geometry.klshampoo import KLEigenbasis, KLRoots
 from guided_descent.parts.geometry.kronecker import sides
 from guided_descent.parts.geometry.shampoo import ROOT_METHODS, CorrectedEigenbasis, GramRoot, KroneckerRoots
 from guided_descent.parts.graft import GRAFTS, Graft
-from guided_descent.recipes.adam import DECAYS
-from guided_descent.recipes.base import Recipe, hyper, recipe, static
+from guided_descent.recipes.base import Recipe, decay_kind, hyper, recipe, static
 from guided_descent.recipes.kronecker import Kronecker
 from guided_descent.routing.blocking import subdivide
 from guided_descent.routing.roles import Block
@@ -45,9 +44,9 @@ class Shampoo(Kronecker):
     root_method: str = static("eigh", of=ROOT_METHODS, help="eigenvalues, or iterations of products alone")
     block_size: int = static(1024, help="longest side of a block")
     max_precond_dim: int = static(2048, help="longer sides, of embeddings and heads, keep the identity")
-    decay: str = static(
+    decay: str = decay_kind(
         "decoupled",
-        of=(*DECAYS, "l2", "direction"),
+        *("l2", "direction"),
         help="l2: added to the gradient; direction: to the direction, before the momentum",
     )
 
@@ -85,11 +84,9 @@ class Shampoo(Kronecker):
             graft=None if self.graft == "none" else Graft(self.graft),
             max_dim=self.max_precond_dim,
         )
-        decay: Part = Decoupled(independent=self.decay == "independent")
-        if self.decay in ("l2", "direction"):
-            decay = L2() if self.decay == "l2" else L2().at("decay_direction")
+        kinds: dict[str, Part] = {"l2": L2(), "direction": L2().at("decay_direction"), **DECAYS}
         momentum = (Momentum(nesterov=self.nesterov).at("momentum"),) if self.momentum else ()
-        return Parts(roots, decay, *momentum, Descend())
+        return Parts(roots, kinds[self.decay], *momentum, Descend())
 
 
 @recipe("ec_shampoo", paper="Eschenhagen et al. 2025, arXiv:2506.03595", family="kronecker")

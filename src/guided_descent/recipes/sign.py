@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from guided_descent.parts import Decoupled, Descend, Ema, LionMomentum, Parts, Sign
-from guided_descent.recipes.adam import DECAYS
-from guided_descent.recipes.base import Recipe, hyper, recipe, static
+from guided_descent.parts import DECAYS, Descend, Ema, LionMomentum, Parts, Sign
+from guided_descent.recipes.base import Recipe, decay_kind, hyper, recipe
 from guided_descent.routing.roles import Block
 
 
@@ -20,11 +19,11 @@ class SignSGD(Recipe):
 
     lr: float = hyper(1e-4, ge=0, help="length of every element's step")
     weight_decay: float = hyper(0.0, ge=0, help="decay; lr * weight_decay is taken off in a step")
-    decay: str = static("decoupled", of=DECAYS, help="independent: the schedule's factor times weight_decay")
+    decay: str = decay_kind()
 
     def parts(self, block: Block) -> Parts:
         """Signs, decay, step."""
-        return Parts(Sign(), Decoupled(independent=self.decay == "independent"), Descend())
+        return Parts(Sign(), DECAYS[self.decay], Descend())
 
 
 @recipe("signum", paper="Bernstein et al. 2018, arXiv:1802.04434", family="sign")
@@ -38,11 +37,11 @@ class Signum(Recipe):
     lr: float = hyper(1e-4, ge=0, help="length of every element's step")
     momentum: float = hyper(0.9, ge=0, lt=1, help="memory of the momentum")
     weight_decay: float = hyper(0.0, ge=0, help="decay; lr * weight_decay is taken off in a step")
-    decay: str = static("decoupled", of=DECAYS, help="independent: the schedule's factor times weight_decay")
+    decay: str = decay_kind()
 
     def parts(self, block: Block) -> Parts:
         """Momentum, signs, decay, step."""
-        return Parts(Ema(), Sign(), Decoupled(independent=self.decay == "independent"), Descend())
+        return Parts(Ema(), Sign(), DECAYS[self.decay], Descend())
 
 
 @recipe("lion", paper="Chen et al. 2023, arXiv:2302.06675", family="sign")
@@ -58,8 +57,8 @@ class Lion(Recipe):
     lr: float = hyper(1e-4, ge=0, help="length of every element's step")
     betas: tuple[float, float] = hyper((0.9, 0.99), ge=0, lt=1, help="share of the momentum in a step, and its memory")
     weight_decay: float = hyper(0.1, ge=0, help="decay; lr * weight_decay is taken off in a step")
-    decay: str = static("decoupled", of=DECAYS, help="independent: the schedule's factor times weight_decay")
+    decay: str = decay_kind()
 
     def parts(self, block: Block) -> Parts:
         """Mixture, signs, decay, step."""
-        return Parts(LionMomentum(), Sign(), Decoupled(independent=self.decay == "independent"), Descend())
+        return Parts(LionMomentum(), Sign(), DECAYS[self.decay], Descend())

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from guided_descent.parts import L2, Decoupled, Descend, Momentum, Parts
+from guided_descent.parts import DECAYS, L2, Descend, Momentum, Parts
 from guided_descent.parts.geometry.singd import STRUCTURES, InverseFree
-from guided_descent.recipes.adam import DECAYS, AdamW
-from guided_descent.recipes.base import Recipe, hyper, recipe, static
+from guided_descent.recipes.adam import AdamW
+from guided_descent.recipes.base import Recipe, decay_kind, hyper, recipe, static
 from guided_descent.recipes.kfac import APPROXES
 from guided_descent.routing.roles import Block
 
@@ -38,7 +38,7 @@ class SINGD(Recipe):
     structure: str = static("dense", of=STRUCTURES, help="what the roots look like")
     structure_width: int = static(32, help="side of the blocks of block_diag and hierarchical")
     adaptive: bool = static(True, help="the traces of INGD; False is IKFAC")
-    decay: str = static("direction", of=(*DECAYS, "direction"), help="direction: added to the preconditioned gradient")
+    decay: str = decay_kind("direction", "direction", help="direction: added to the preconditioned gradient")
     aux: Recipe = field(default_factory=lambda: AdamW(lr=1e-3, betas=(0.9, 0.95)))
 
     def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ class SINGD(Recipe):
         decay = L2().at("decay_direction") if self.decay == "direction" else None
         return Parts(
             InverseFree(structure=self.structure, width=self.structure_width, adaptive=self.adaptive),
-            decay or Decoupled(independent=self.decay == "independent"),
+            decay or DECAYS[self.decay],
             Momentum().at("momentum"),
             Descend(),
         )

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from guided_descent.linalg.polar import METHODS, NAMES
-from guided_descent.parts import NS_DTYPES, SCALES, Decoupled, Descend, Ema, MatrixScale, Part, Parts, Polar
+from guided_descent.parts import DECAYS, NS_DTYPES, SCALES, Descend, Ema, MatrixScale, Part, Parts, Polar
 from guided_descent.parts.geometry.spectral import DualPolar, ElementRms, NeuronRms, Sign
 from guided_descent.parts.scale import MatchRms
-from guided_descent.recipes.adam import DECAYS, AdamW
-from guided_descent.recipes.base import Constraint, Recipe, hyper, recipe, static
+from guided_descent.recipes.adam import AdamW
+from guided_descent.recipes.base import Constraint, Recipe, decay_kind, hyper, recipe, static
 from guided_descent.routing.roles import Block
 
 #: Scales under which a step is as long as one of AdamW, so that both share a learning rate.
@@ -39,7 +39,7 @@ class Spectral(Recipe):
     ns_steps: int | None = static(None, help="number of polynomial steps; None takes the table's")
     ns_dtype: str = static("auto", of=NS_DTYPES, help="dtype of the orthogonalisation")
     ns_method: str = static("auto", of=METHODS, help="standard: the order of operations of torch.optim.Muon")
-    decay: str = static("decoupled", of=DECAYS, help="independent: the schedule's factor times weight_decay")
+    decay: str = decay_kind()
     aux: Recipe | None = None
 
     def default_aux(self) -> Recipe:
@@ -52,8 +52,7 @@ class Spectral(Recipe):
 
     def around(self, *parts: Part) -> Parts:
         """These parts between the momentum and the decayed step."""
-        decay = Decoupled(independent=self.decay == "independent")
-        return Parts(Ema(nesterov=self.nesterov), *parts, decay, Descend())
+        return Parts(Ema(nesterov=self.nesterov), *parts, DECAYS[self.decay], Descend())
 
 
 def _sized(made: Recipe, scale: str) -> Recipe:
@@ -168,8 +167,7 @@ class SpectralDescent(Spectral):
     def parts(self, block: Block) -> Parts:
         """Momentum, polar factor with the nuclear norm, decay, step."""
         momentum: tuple[Part, ...] = (Ema(nesterov=self.nesterov),) if self.momentum else ()
-        decay = Decoupled(independent=self.decay == "independent")
-        return Parts(*momentum, DualPolar(), decay, Descend())
+        return Parts(*momentum, DualPolar(), DECAYS[self.decay], Descend())
 
 
 # -- QK-clip -----------------------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from guided_descent.parts import Parts
 from guided_descent.parts.geometry.splus import ShapedDecay, SignEigenbasis
 from guided_descent.parts.step import Descend
-from guided_descent.recipes.adam import DECAYS, AdamW
-from guided_descent.recipes.base import Recipe, hyper, recipe, static
+from guided_descent.recipes.adam import AdamW
+from guided_descent.recipes.base import Recipe, decay_kind, hyper, recipe, static
 from guided_descent.recipes.kronecker import Kronecker
 from guided_descent.routing.roles import Block
 
@@ -38,9 +38,9 @@ class SPlus(Kronecker):
     precondition_frequency: int = hyper(100, ge=1, help="steps between refreshes of the bases")
     refresh_method: str = static("eigh", of=("eigh", "qr"), help="a full solve, or one step of orthogonal iteration")
     weight_decay: float = hyper(1e-4, ge=0, help="decay; lr * weight_decay is taken off in a step")
-    decay: str = static(
+    decay: str = decay_kind(
         "decoupled",
-        of=(*DECAYS, "shaped", "after"),
+        *("shaped", "after"),
         help="shaped: lr * s * weight_decay; after: the same, following the step, as in the paper's code",
     )
     aux: Recipe | None = field(default_factory=lambda: AdamW(lr=1e-3))
@@ -48,7 +48,7 @@ class SPlus(Kronecker):
     def parts(self, block: Block) -> Parts:
         """Signs in the eigenbases, decay, step."""
         geometry = SignEigenbasis(max_dim=self.max_precond_dim)
-        if self.decay in DECAYS:
+        if self.decay not in ("shaped", "after"):
             return self.finish(geometry)
         decay = ShapedDecay(max_dim=self.max_precond_dim)
         return Parts(geometry, decay.at("decay_after") if self.decay == "after" else decay, Descend())

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from guided_descent.parts import Decoupled, Descend, Momentum, Parts
+from guided_descent.parts import DECAYS, Descend, Momentum, Parts
 from guided_descent.parts.geometry.tonga import SPANS, LowRankNatural
-from guided_descent.recipes.adam import DECAYS, AdamW
-from guided_descent.recipes.base import Recipe, hyper, recipe, static
+from guided_descent.recipes.adam import AdamW
+from guided_descent.recipes.base import Recipe, decay_kind, hyper, recipe, static
 from guided_descent.routing.roles import Block
 
 
@@ -31,7 +31,7 @@ class TONGA(Recipe):
     rank: int = static(5, help="directions kept by a decomposition")
     truncate_every: int = static(10, help="steps between decompositions")
     span: str = static("neuron", of=SPANS, help="what one covariance covers")
-    decay: str = static("decoupled", of=DECAYS, help="independent: the schedule's factor times weight_decay")
+    decay: str = decay_kind()
     aux: Recipe = field(default_factory=lambda: AdamW(lr=1e-3, betas=(0.9, 0.95)))
 
     def __post_init__(self) -> None:
@@ -49,6 +49,6 @@ class TONGA(Recipe):
         return Parts(
             LowRankNatural(span=self.span, rank=self.rank, every=self.truncate_every),
             *([Momentum().at("momentum")] if self.momentum else []),
-            Decoupled(independent=self.decay == "independent"),
+            DECAYS[self.decay],
             Descend(),
         )

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from guided_descent.linalg.eigen import eigenbasis
 from guided_descent.parts.base import Batch, Found, Hyper, Part, Slot, State, Task
+from guided_descent.parts.decay import Decoupled
 from guided_descent.parts.geometry.kronecker import Eigenbasis, next_basis, rotate, start_bases
-from guided_descent.parts.step import Decoupled
 from guided_descent.routing.roles import Block
 
 #: The scale of a matrix with a side that has no basis.
