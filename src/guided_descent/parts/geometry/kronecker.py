@@ -218,10 +218,16 @@ def sandwich(x: Batch, value: Tensor, left: Tensor | None, right: Tensor | None,
         first, second = value, x.work.take("rotate", value.shape, value.dtype, value.device)
     for factor, before in ((left, True), (right, False)):
         if factor is not None:
-            torch.matmul(factor if before else first, first if before else factor, out=second)
+            a, b = (factor, first) if before else (first, factor)
+            torch.bmm(stacked(a), stacked(b), out=stacked(second))  # matmul would copy a transposed factor
             first, second = second, first
     if first is not value:
         value.copy_(first)
+
+
+def stacked(a: Tensor) -> Tensor:
+    """Matrices [..., m, n] as one stack [B, m, n]."""
+    return a.flatten(0, -3)
 
 
 def _rounded(x: Batch, tag: str, factor: Tensor | None) -> Tensor | None:
