@@ -27,10 +27,9 @@ def walk(p: Tensor, grad: Grad, steps: int, lr: Rate, rule: Rule, weight_decay: 
     return path
 
 
-def ema(memory: dict[str, Any], name: str, beta: float, x: Tensor, start: float = 0.0) -> Tensor:
+def ema(memory: dict[str, Any], name: str, beta: float, x: Tensor) -> Tensor:
     """Advance an average."""
-    old = memory.get(name, torch.full_like(x, start))
-    memory[name] = beta * old + (1 - beta) * x
+    memory[name] = beta * memory.get(name, 0.0) + (1 - beta) * x
     return memory[name]
 
 
@@ -56,10 +55,10 @@ def adabelief(betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-16) -> 
 
 
 def yogi(betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-3, start: float = 1e-6) -> Rule:
-    """The second moment moves by the sign of its distance from the square."""
+    """The second moment begins at ``start`` and moves by the sign of its distance from the square."""
 
     def rule(t: int, g: Tensor, p: Tensor, memory: dict[str, Any]) -> Tensor:
-        m = ema(memory, "m", betas[0], g, start)
+        m = ema(memory, "m", betas[0], g)
         v = memory.get("v", torch.full_like(g, start))
         v = memory["v"] = v - (1 - betas[1]) * torch.sign(v - g**2) * g**2
         return (m / (1 - betas[0] ** t)) / ((v / (1 - betas[1] ** t)).sqrt() + eps)
