@@ -43,31 +43,62 @@ RAdam = class_of(recipes.RAdam)
 SignSGD = class_of(recipes.SignSGD)
 Signum = class_of(recipes.Signum)
 Lion = class_of(recipes.Lion)
+Adam = class_of(recipes.Adam)
+AMSGrad = class_of(recipes.AMSGrad)
+NAdam = class_of(recipes.NAdam)
+AdaBelief = class_of(recipes.AdaBelief)
+Yogi = class_of(recipes.Yogi)
+LaProp = class_of(recipes.LaProp)
+AdamAtan2 = class_of(recipes.AdamAtan2)
+Grams = class_of(recipes.Grams)
+LARS = class_of(recipes.LARS)
+LAMB = class_of(recipes.LAMB)
+NovoGrad = class_of(recipes.NovoGrad)
+NormalizedSGD = class_of(recipes.NormalizedSGD)
+ADOPT = class_of(recipes.ADOPT)
+AdEMAMix = class_of(recipes.AdEMAMix)
+Adan = class_of(recipes.Adan)
+MARS = class_of(recipes.MARS)
 
 __all__ = [
+    "ADOPT",
     "ASGO",
     "EKFAC",
     "FOOF",
     "KFAC",
     "KLSOAP",
+    "LAMB",
+    "LARS",
+    "MARS",
     "SGD",
     "SINGD",
     "SOAP",
     "TONGA",
+    "AMSGrad",
+    "AdEMAMix",
+    "AdaBelief",
     "AdaMuon",
     "Adadelta",
     "Adagrad",
+    "Adam",
+    "AdamAtan2",
     "AdamW",
     "Adamax",
+    "Adan",
     "ECShampoo",
+    "Grams",
     "KLShampoo",
+    "LaProp",
     "Lion",
     "Moonlight",
     "Muon",
     "MuonClip",
+    "NAdam",
     "NAdamW",
     "NonFiniteError",
     "NorMuon",
+    "NormalizedSGD",
+    "NovoGrad",
     "Optimizer",
     "PSGDDiagonal",
     "PSGDKron",
@@ -80,6 +111,7 @@ __all__ = [
     "SignSGD",
     "Signum",
     "SpectralDescent",
+    "Yogi",
     "averaging",
     "build",
     "capture",

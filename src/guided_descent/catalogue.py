@@ -21,8 +21,8 @@ def list_optimizers(family: str | None = None) -> list[str]:
         ValueError: No recipe has this family; the message lists the families.
 
     Example:
-        >>> list_optimizers(family="adam")
-        ['adamw', 'nadamw', 'radam']
+        >>> list_optimizers(family="sign")
+        ['lion', 'signsgd', 'signum']
     """
     families = sorted({info.family for info in REGISTRY.values()})
     if family is not None and family not in families:

@@ -141,3 +141,22 @@ def test_radam_divides_from_step_six_on(beta2: float) -> None:
 def test_a_sum_of_squares_begins_at_a_finite_number_not_below_zero(value: float) -> None:
     with pytest.raises(ValueError, match="initial_accumulator_value"):
         gd.Adagrad([torch.nn.Parameter(torch.zeros(3))], initial_accumulator_value=value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("adagrad", {"initial_accumulator_value": 0.5}),
+        ("rmsprop", {"form": "tensorflow"}),
+        ("yogi", {"initial_accumulator": 0.5}),
+    ],
+)
+def test_state_that_does_not_begin_at_zero_does_so_in_both_parts_of_a_complex_number(
+    name: str, options: dict[str, Any]
+) -> None:
+    start = torch.randn(3, 4, dtype=torch.complex128)
+    pairs, p = torch.nn.Parameter(torch.view_as_real(start).clone()), torch.nn.Parameter(start.clone())
+    grad = stream((3, 4, 2), 1, pull=0.0)
+    train(gd.optimizer(name, [pairs], lr=0.1, **options), [pairs], [grad], 8)
+    train(gd.optimizer(name, [p], lr=0.1, **options), [p], [lambda t, q: torch.view_as_complex(grad(t, pairs))], 8)
+    torch.testing.assert_close(torch.view_as_real(p.detach()), pairs.detach())

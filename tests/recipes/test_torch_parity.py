@@ -65,6 +65,14 @@ ADAPTIVE: dict[str, tuple[Any, list[dict[str, Any]]]] = {
         torch.optim.Adamax,
         [{}, {"betas": (0.8, 0.9), "eps": 1e-2, "weight_decay": 0.1}, {"betas": (0.0, 0.5), "maximize": True}],
     ),
+    "adam": (
+        torch.optim.Adam,
+        [
+            {},
+            {"weight_decay": 0.3, "amsgrad": True},
+            {"betas": (0.8, 0.95), "eps": 1e-3, "maximize": True, "weight_decay": 0.1},
+        ],
+    ),
     "radam": (
         torch.optim.RAdam,
         [
@@ -145,6 +153,18 @@ def test_adamw_without_a_kernel_is_torchs(options: dict[str, Any], path: dict[st
         dtype,
     )
     assert difference < limit(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("path", [{}, {"foreach": False}], ids=["lists", "plain"])
+@pytest.mark.parametrize("options", NADAM_OPTIONS)
+def test_nadam_is_torchs(options: dict[str, Any], path: dict[str, bool], dtype: torch.dtype) -> None:
+    difference = same_steps(
+        lambda params: gd.NAdam(params, lr=1e-2, **options, **path),
+        lambda params: torch.optim.NAdam(params, lr=1e-2, foreach=False, **options),
+        dtype,
+    )
+    assert difference < 1e-6  # torch keeps the product of the momenta in float32
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -48,7 +48,8 @@ def param_slot(state: MutableMapping[str, Any], name: str, p: Tensor, slot: Slot
             f"state {name!r} has shape {tuple(old.shape)} but its parameter now has {tuple(p.shape)}: build a new "
             "optimizer for the new shapes, or load the checkpoint that belongs to them"
         )
-    made = torch.full_like(p, slot.fill, dtype=dtype, requires_grad=False)
+    fill = complex(slot.fill, slot.fill) if p.is_complex() else slot.fill  # a complex number is a pair of reals
+    made = torch.full_like(p, fill, dtype=dtype, requires_grad=False)
     state[name] = made
     return made
 

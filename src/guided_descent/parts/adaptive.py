@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from guided_descent.parts.base import Batch, Hyper, Part, Slot, State
-from guided_descent.parts.rows import Number
+from guided_descent.parts.estimate import Moments
+from guided_descent.parts.rows import Number, Rows
 from guided_descent.routing.roles import Block
 
 
@@ -79,7 +80,7 @@ class SquareAverage(Part):
         root = x.spare("denominator").copy_(square)
         if self.centered:
             mean = s["grad_avg"].lerp_(g, 1 - alpha)
-            root.addcmul_(mean, mean, -1.0).apply_(_clamp)
+            root.addcmul_(mean, mean, -1.0).clamp_(0)  # rounding alone takes a variance below 0
         if self.inside:
             root.add_(eps).sqrt_()
         else:
@@ -89,10 +90,6 @@ class SquareAverage(Part):
     def flops(self, block: Block) -> float:
         """About 6 per element, 12 where it is centered."""
         return (12.0 if self.centered else 6.0) * block.numel
-
-
-def _clamp(row: Tensor) -> None:
-    row.clamp_(min=0)  # rounding alone takes a variance below 0
 
 
 @dataclass(frozen=True)
@@ -180,7 +177,7 @@ def rectification(step: Number, beta2: Number) -> tuple[Number, Number]:
 
 
 @dataclass(frozen=True)
-class RectifiedMoments(Part):
+class RectifiedMoments(Moments):
     """RAdam's direction: Adam's, shortened while the second moment rests on few squares, and without it at first.
 
     ``m <- b1 m + (1 - b1) u``, ``v <- b2 v + (1 - b2) u^2``; where ``rho_t > 5`` then
@@ -189,29 +186,14 @@ class RectifiedMoments(Part):
     never reached. State: ``exp_avg``, ``exp_avg_sq``. Source: Liu et al. 2019, 1908.03265.
     """
 
-    betas: str = "betas"
-    eps: str = "eps"
     skip: bool = False
     bound: ClassVar[float] = 5.0
 
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.betas, self.eps)
-
-    def slots(self, block: Block) -> dict[str, Slot]:
-        """First and second moment."""
-        return {"exp_avg": Slot(basis="vector"), "exp_avg_sq": Slot(basis="square")}
-
-    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
-        """Advance both moments; divide where there are squares enough."""
-        beta1, beta2 = h[self.betas]
-        g, first, second = x.read(), s["exp_avg"], s["exp_avg_sq"]
-        first.lerp_(g, 1 - beta1)
-        second.mul_(beta2).addcmul_(g, g, 1 - beta2)
-        rho, square = rectification(x.step, beta2)
-        early: Number = (0.0 if self.skip else 1.0) / (1 - beta1**x.step)
-        late = (1 - beta2**x.step) ** 0.5 / (1 - beta1**x.step)
+    def divide(self, x: Batch, first: Rows, second: Rows, h: Hyper, bc1: Number, root2: Number) -> None:
+        """Divide where there are squares enough."""
+        rho, square = rectification(x.step, h[self.betas][1])
+        early: Number = (0.0 if self.skip else 1.0) / bc1
+        late = root2 / bc1
         if isinstance(rho, Tensor):  # a graph for every step: both ways, and a choice
             enough = rho > self.bound
             root = x.fresh().copy_(second).sqrt_().add_(h[self.eps] * x.eps_scale)
@@ -224,6 +206,85 @@ class RectifiedMoments(Part):
             x.lend(first)
             x.scale(early)
 
-    def flops(self, block: Block) -> float:
-        """About 12 per element."""
-        return 12.0 * block.numel
+
+@dataclass(frozen=True)
+class BeliefMoments(Moments):
+    """AdaBelief's direction: Adam's, with the distance of the gradient from its average in the place of the gradient.
+
+    ``v <- b2 v + (1 - b2) (u - m)^2 + eps`` with the new ``m``; then as in ``Moments``. State: ``exp_avg``,
+    ``exp_avg_sq``. Source: Zhuang et al. 2020, 2010.07468.
+    """
+
+    def advance(self, x: Batch, g: Rows, s: State, h: Hyper) -> Rows:
+        """Average the squared distances; eps stays in the average."""
+        beta2 = h[self.betas][1]
+        away = x.take().add_(s["exp_avg"], alpha=-1.0)  # the gradient is used no more
+        second: Rows = s["exp_avg_sq"].mul_(beta2).addcmul_(away, away, 1 - beta2)
+        return second.add_(h[self.eps] * x.eps_scale)
+
+
+@dataclass(frozen=True)
+class YogiMoments(Moments):
+    """Yogi's direction: Adam's, with a second moment that moves by at most ``(1 - b2) u^2`` in a step.
+
+    ``v <- v - (1 - b2) sign(v - u^2) u^2``; then as in ``Moments``. ``v`` begins at ``start``. State:
+    ``exp_avg``, ``exp_avg_sq``. Source: Zaheer et al. 2018, NeurIPS.
+    """
+
+    start: float = 1e-6
+
+    def slots(self, block: Block) -> dict[str, Slot]:
+        """Both moments."""
+        return {"exp_avg": Slot(basis="vector"), "exp_avg_sq": Slot(fill=self.start, basis="square")}
+
+    def advance(self, x: Batch, g: Rows, s: State, h: Hyper) -> Rows:
+        """Move towards the square, by a share of the square."""
+        second: Rows = s["exp_avg_sq"]
+        square = x.take()  # the gradient is used no more
+        square.mul_(square)
+        side = x.spare("side").copy_(second).add_(square, alpha=-1.0).sign_()
+        return second.addcmul_(side, square, h[self.betas][1] - 1)
+
+
+@dataclass(frozen=True)
+class AngleMoments(Moments):
+    """Adam-atan2's direction: no eps, no division, bounded and free of scale.
+
+    ``u <- a atan2(m / bc1, b sqrt(v / bc2))``. At ``b = 1`` the largest step, ``a pi / 2`` times the learning rate, is
+    where v is 0. State: ``exp_avg``, ``exp_avg_sq``. Source: Everett et al. 2024, 2407.05872.
+    """
+
+    a: str = "atan2_a"
+    b: str = "atan2_b"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Group keys it reads."""
+        return (self.betas, self.a, self.b)
+
+    def divide(self, x: Batch, first: Rows, second: Rows, h: Hyper, bc1: Number, root2: Number) -> None:
+        """The angle between both moments."""
+        x.fresh().copy_(second).sqrt_().mul_(h[self.b] * bc1 / root2).apply_(_angle, first)
+        x.scale(h[self.a])
+
+
+def _angle(row: Tensor, over: Tensor) -> None:
+    torch.atan2(over, row, out=row)
+
+
+@dataclass(frozen=True)
+class QuotientMomentum(Moments):
+    """LaProp's direction: the momentum of normalised gradients, where Adam normalises the momentum.
+
+    ``v <- b2 v + (1 - b2) u^2``, ``m <- b1 m + (1 - b1) u / (sqrt(v / bc2) + eps)``, ``u <- m / bc1``. State:
+    ``exp_avg``, ``exp_avg_sq``. Source: Ziyin, Wang and Ueda 2020, 2002.04839.
+    """
+
+    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """Divide, then average."""
+        beta1, beta2 = h[self.betas]
+        g = x.read()
+        second = s["exp_avg_sq"].mul_(beta2).addcmul_(g, g, 1 - beta2)
+        root = x.spare("denominator").copy_(second).div_(1 - beta2**x.step).sqrt_().add_(h[self.eps] * x.eps_scale)
+        x.lend(s["exp_avg"].lerp_(x.take().div_(root), 1 - beta1))
+        x.scale(1 / (1 - beta1**x.step))

@@ -90,16 +90,12 @@ class CautiousDecay(Decoupled):
         if not x.wd_scale:
             return
         decay, w = self.share(x, h), writable(x)
-        shrinking = x.spare("decay").copy_(w).mul_(x.u).apply_(_positive)
+        shrinking = x.spare("decay").copy_(w).mul_(x.u).positive_()
         w.addcmul_(shrinking, w, [-each for each in decay] if isinstance(decay, list) else -decay)
 
     def flops(self, block: Block) -> float:
         """Four per element."""
         return 4.0 * block.numel
-
-
-def _positive(row: Tensor) -> None:
-    row.gt_(0)
 
 
 #: The kinds of decay beside the direction, by the names that recipes give them.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from guided_descent.parts.base import Batch, Hyper, Part, Slot, State
-from guided_descent.parts.rows import Number
+from guided_descent.parts.rows import Number, Rows
 from guided_descent.routing.roles import Block
 
 
@@ -151,20 +151,16 @@ class LionMomentum(Part):
 
 
 @dataclass(frozen=True)
-class AdamMoments(Part):
-    """Adam's direction: first moment over the root of the second, both bias-corrected.
+class Moments(Part):
+    """The first moment over the root of the second, both bias-corrected: what the methods around Adam share.
 
     ``m <- b1 m + (1 - b1) u``, ``v <- b2 v + (1 - b2) u^2``, ``u <- (m / bc1) / (sqrt(v / bc2) + eps)`` with
-    ``bc = 1 - b^t``. With ``late_correction`` the corrections multiply the finished quotient,
-    ``u <- sqrt(bc2) / bc1 * m / (sqrt(v) + eps)``, the form of SOAP and of the paper's efficient version. ``amsgrad``
-    divides by the running maximum of ``v``. State: ``exp_avg``, ``exp_avg_sq`` (and ``max_exp_avg_sq``). Source: Kingma
-    and Ba 2014, 1412.6980.
+    ``bc = 1 - b^t``. A method overrides ``advance``, how v moves, or ``divide``, what is made of both. State:
+    ``exp_avg``, ``exp_avg_sq``, shaped like the parameter.
     """
 
     betas: str = "betas"
     eps: str = "eps"
-    amsgrad: bool = False
-    late_correction: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -173,28 +169,63 @@ class AdamMoments(Part):
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """First and second moment."""
-        slots = {"exp_avg": Slot(basis="vector"), "exp_avg_sq": Slot(basis="square")}
-        return slots | {"max_exp_avg_sq": Slot(basis="square")} if self.amsgrad else slots
+        return {"exp_avg": Slot(basis="vector"), "exp_avg_sq": Slot(basis="square")}
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Advance both moments and divide."""
         beta1, beta2 = h[self.betas]
-        eps = h[self.eps] * x.eps_scale
-        root2 = (1 - beta2**x.step) ** 0.5
-        g, first, second = x.read(), s["exp_avg"], s["exp_avg_sq"]
+        g, first = x.read(), s["exp_avg"]
         first.lerp_(g, 1 - beta1)
-        second.mul_(beta2).addcmul_(g, g, 1 - beta2)
-        if self.amsgrad:
-            second = s["max_exp_avg_sq"].maximum_(second)
-        denominator = x.fresh().copy_(second).sqrt_()
-        if not self.late_correction:
-            denominator.div_(root2)
-        denominator.add_(eps).rdiv_(first)
-        x.scale((root2 if self.late_correction else 1.0) / (1 - beta1**x.step))
+        second = self.advance(x, g, s, h)
+        self.divide(x, first, second, h, 1 - beta1**x.step, (1 - beta2**x.step) ** 0.5)
+
+    def advance(self, x: Batch, g: Rows, s: State, h: Hyper) -> Rows:
+        """Advance the second moment, after the first, and return what divides; g is not used again."""
+        beta2 = h[self.betas][1]
+        second: Rows = s["exp_avg_sq"].mul_(beta2).addcmul_(g, g, 1 - beta2)
+        return second
+
+    def divide(self, x: Batch, first: Rows, second: Rows, h: Hyper, bc1: Number, root2: Number) -> None:
+        """Make the quotient the direction; ``root2`` is ``sqrt(bc2)``."""
+        x.fresh().copy_(second).sqrt_().div_(root2).add_(h[self.eps] * x.eps_scale).rdiv_(first)
+        x.scale(1 / bc1)
 
     def flops(self, block: Block) -> float:
         """About 12 per element."""
         return 12.0 * block.numel
+
+
+@dataclass(frozen=True)
+class AdamMoments(Moments):
+    """Adam's direction, ``u <- (m / bc1) / (sqrt(v / bc2) + eps)``; see ``Moments``.
+
+    With ``late_correction`` the corrections multiply the finished quotient, ``u <- sqrt(bc2) / bc1 * m / (sqrt(v) +
+    eps)``, the form of SOAP and of the paper's efficient version. ``amsgrad`` divides by the running maximum of ``v``.
+    State: ``exp_avg``, ``exp_avg_sq`` (and ``max_exp_avg_sq``). Source: Kingma and Ba 2014, 1412.6980.
+    """
+
+    amsgrad: bool = False
+    late_correction: bool = False
+
+    def slots(self, block: Block) -> dict[str, Slot]:
+        """Both moments, and the maximum."""
+        slots = super().slots(block)
+        return slots | {"max_exp_avg_sq": Slot(basis="square")} if self.amsgrad else slots
+
+    def advance(self, x: Batch, g: Rows, s: State, h: Hyper) -> Rows:
+        """Advance the second moment, and its maximum."""
+        second = super().advance(x, g, s, h)
+        if self.amsgrad:
+            second = s["max_exp_avg_sq"].maximum_(second)
+        return second
+
+    def divide(self, x: Batch, first: Rows, second: Rows, h: Hyper, bc1: Number, root2: Number) -> None:
+        """The quotient, corrected before or after."""
+        if not self.late_correction:
+            super().divide(x, first, second, h, bc1, root2)
+            return
+        x.fresh().copy_(second).sqrt_().add_(h[self.eps] * x.eps_scale).rdiv_(first)
+        x.scale(root2 / bc1)
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,14 @@ class Rows:
         """``a <- sign(a)``, with sign(0) = 0."""
         return self._unary(Tensor.sign_, torch._foreach_sign_)
 
+    def positive_(self) -> Rows:
+        """``a <- [a > 0]``, 1 or 0."""
+        return self.apply_(lambda row: row.gt_(0))
+
+    def clamp_(self, low: Number | None = None, high: Number | None = None) -> Rows:
+        """``a <- min(max(a, low), high)``, elementwise."""
+        return self.apply_(lambda row: row.clamp_(low, high))
+
     def apply_(self, function: Callable[..., object], *others: Rows) -> Rows:
         """Call ``function(a, b, ...)`` on each row; it must write into ``a``."""
         for row in zip(self.list, *(other.list for other in others)):

@@ -1,9 +1,11 @@
 """Recipes: one short file for each family of optimizers."""
 
-from guided_descent.recipes.adam import AdamW, NAdamW
+from guided_descent.recipes.adam import AdaBelief, Adam, AdamAtan2, AdamW, AMSGrad, Grams, LaProp, NAdam, NAdamW, Yogi
 from guided_descent.recipes.adaptive import Adadelta, Adagrad, Adamax, RAdam, RMSprop
 from guided_descent.recipes.base import REGISTRY, Constraint, Info, Recipe, hyper, lookup, recipe, static
 from guided_descent.recipes.kfac import EKFAC, FOOF, KFAC
+from guided_descent.recipes.layerwise import LAMB, LARS, NormalizedSGD, NovoGrad
+from guided_descent.recipes.memory import ADOPT, MARS, Adan, AdEMAMix
 from guided_descent.recipes.muon import Muon
 from guided_descent.recipes.psgd import PSGDDiagonal, PSGDKron, PSGDLowRank
 from guided_descent.recipes.sgd import SGD
@@ -16,31 +18,46 @@ from guided_descent.recipes.splus import SPlus
 from guided_descent.recipes.tonga import TONGA
 
 __all__ = [
+    "ADOPT",
     "ASGO",
     "EKFAC",
     "FOOF",
     "KFAC",
     "KLSOAP",
+    "LAMB",
+    "LARS",
+    "MARS",
     "REGISTRY",
     "SGD",
     "SINGD",
     "SOAP",
     "TONGA",
+    "AMSGrad",
+    "AdEMAMix",
+    "AdaBelief",
     "AdaMuon",
     "Adadelta",
     "Adagrad",
+    "Adam",
+    "AdamAtan2",
     "AdamW",
     "Adamax",
+    "Adan",
     "Constraint",
     "ECShampoo",
+    "Grams",
     "Info",
     "KLShampoo",
+    "LaProp",
     "Lion",
     "Moonlight",
     "Muon",
     "MuonClip",
+    "NAdam",
     "NAdamW",
     "NorMuon",
+    "NormalizedSGD",
+    "NovoGrad",
     "PSGDDiagonal",
     "PSGDKron",
     "PSGDLowRank",
@@ -52,6 +69,7 @@ __all__ = [
     "SignSGD",
     "Signum",
     "SpectralDescent",
+    "Yogi",
     "hyper",
     "lookup",
     "recipe",
