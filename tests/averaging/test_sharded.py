@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from guided_descent.averaging import EMA, evaluating, export
+from ranks import leave
 
 
 def worker(rank, world, path, early):
@@ -49,7 +50,7 @@ def worker(rank, world, path, early):
             assert torch.equal(full(exported[name]), value)
     for name, p in sharded.named_parameters():
         assert torch.equal(p.full_tensor(), live[name])
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.mark.slow

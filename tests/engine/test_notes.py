@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import guided_descent as gd
+from ranks import leave
 
 
 class Attention(nn.Module):
@@ -72,8 +73,7 @@ def _rank(rank: int, world: int, folder: str) -> None:
     ddp(x[3 * rank : 3 * rank + 3]).square().mean().backward()
     opt.step()
     torch.testing.assert_close(largest(model, x), torch.full((2,), tau, dtype=torch.float64))
-    torch.distributed.barrier()  # a rank whose peer has left aborts where it waits for it
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def test_ranks_clip_by_the_largest_logit_of_all(tmp_path: Any) -> None:

@@ -13,6 +13,7 @@ import guided_descent as gd
 from guided_descent.parts.damping import QuadraticStep, two_steps
 from guided_descent.recipes import KFAC
 from guided_descent.solvers import Likelihood, Objective
+from ranks import leave
 
 OPTIONS: dict[str, Any] = {"step": "quadratic", "lr": 1.0, "damping": 0.05, "kl_clip": None, "fisher": "exact"}
 
@@ -171,8 +172,7 @@ def _rank(rank: int, world: int, folder: str) -> None:
         shared.step(given)
     for a, b in zip(alone.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def test_ranks_take_the_step_of_the_whole_batch(tmp_path: Any) -> None:
