@@ -65,12 +65,13 @@ def test_where_a_second_moment_goes(carry: str, method: str) -> None:
 
 
 def test_the_default_is_the_one_that_the_study_chose() -> None:
-    """The lowest mean in most settings, two workloads at least, and never beaten on language modelling."""
+    """Beyond chance no policy beats it more often than it is beaten, and none does on language modelling."""
     results = json.loads(STUDY.read_text())["results"]
     default = gd.recipes.SOAP().second_moment
-    best = [min(result["rows"], key=lambda row: row["mean"])["policy"] for result in results]
-    assert best.count(default) > len(best) / 2
-    assert len({result["problem"] for result, policy in zip(results, best) if policy == default}) >= 2
+    assert len({result["problem"] for result in results}) >= 2
+    for policy in set(CARRIES) - {default}:
+        outcomes = [row["outcome"] for result in results for row in result["rows"] if row["policy"] == policy]
+        assert outcomes.count("worse") >= max(1, outcomes.count("better"))
     for result in results:
         assert {row["policy"] for row in result["rows"]} == set(CARRIES)
         if result["problem"] == "lm-source":
