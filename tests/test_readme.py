@@ -1,8 +1,10 @@
 """The README's code runs as it stands, and its example file is the one in examples/."""
 
+import importlib.util
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -29,3 +31,16 @@ def test_the_composed_optimizer_trains():
     space["opt"].step()
     moved = (before - model.weight.detach()).abs()
     torch.testing.assert_close(moved, torch.full_like(moved, 3e-4), rtol=1e-3, atol=0)
+
+
+def test_the_tables_are_those_of_the_committed_results():
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = (ROOT / "README.md").read_text()
+    assert module.filled(text) == text, "run python benchmarks/readme.py"
+    broken = text.replace("| Muon (GPT 6 × 512) | 0.", "| Muon (GPT 6 × 512) | 9.")
+    assert broken != text
+    assert module.filled(broken) == text
+    with pytest.raises(ValueError, match="no place <!-- burgers -->"):
+        module.filled(text.replace("<!-- burgers -->", ""))
