@@ -111,14 +111,23 @@ def curvature() -> str:
     results = load("kfac")["results"]
     heads = [""]
     for label in ("autoencoder, batch 256", "GPT of width 256, 1,024 tokens"):
-        heads += [f"{label}: added to forward + backward", "tail"]
+        heads += [f"{label}: added to forward + backward", "tail", "bound"]
     rows = []
-    for label in ("kfac", "kfac, bfloat16", "kfac, all at once", "kfac, background", "kfac, exact", "ekfac"):
+    for label in (
+        "kfac",
+        "kfac, bfloat16",
+        "kfac, all at once",
+        "kfac, background",
+        "kfac, exact",
+        "ekfac",
+        "foof",
+        "singd",
+    ):
         cells = [f"`{label}`"]
         for task in ("autoencoder", "gpt-2x256"):
             row = next(r for r in results[task] if r["recipe"] == label)
             cells += [f"{row['added_share']:.0%}".replace("%", " %")]
-            cells += [f"{row['optimizer_tail']:.2f}"]
+            cells += [f"{row['optimizer_tail']:.2f}", f"{row['tail_bound']:.2f}"]
         rows.append(cells)
     return table(heads, rows)
 
