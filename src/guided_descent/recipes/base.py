@@ -56,15 +56,17 @@ def hyper(
     return field(default=default, metadata=meta)
 
 
-def static(default: Any, *, of: Iterable[Any] | None = None, help: str = "") -> Any:
+def static(default: Any, *, of: Iterable[Any] | None = None, was: Any = None, help: str = "") -> Any:
     """A choice of structure, recorded in the param group; changing it later raises.
 
     Args:
         default: Value if none is given.
         of: The valid values; any value of the default's type if left out.
+        was: What state dicts mean that were saved before there was a choice, if not ``default``.
         help: One line for ``describe``.
     """
-    return field(default=default, metadata={"kind": "static", "of": None if of is None else tuple(of), "help": help})
+    choices = None if of is None else tuple(of)
+    return field(default=default, metadata={"kind": "static", "of": choices, "was": was, "help": help})
 
 
 def schedule() -> Any:
