@@ -41,10 +41,8 @@ def reference(grads: list[Tensor], rank: int, every: int, ahead: int = 0) -> lis
 @pytest.mark.parametrize("span", ["layer", "neuron"])
 @pytest.mark.parametrize("staggered", [False, True])
 def test_it_is_the_dense_inverse(staggered: bool, span: str, rank: int, every: int) -> None:
-    bed = Bed(
-        LowRankNatural(span=span, rank=rank, every=every, staggered=staggered), [block(3, 4, f"w{i}") for i in range(2)],
-        numbers(gamma=GAMMA, damping=LAM),
-    )  # fmt: skip
+    part = LowRankNatural(span=span, rank=rank, every=every, staggered=staggered)
+    bed = Bed(part, [block(3, 4, f"w{i}") for i in range(2)], numbers(gamma=GAMMA, damping=LAM))
     grads = [rand(2, 3, 4, seed=t) for t in range(14)]
     found = [bed.update(g) for g in grads]
     for b in range(2):

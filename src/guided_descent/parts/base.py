@@ -326,6 +326,17 @@ class Part:
         """Whether it wants to see the layers in the passes that lead to update number ``step``."""
         return self.needs.layer_io
 
+    def turns(self, h: Hyper) -> int:
+        """Steps over which its blocks take turns to be observed, balanced by ``capture_flops``; 1: all in one step.
+
+        The first step observes all of them.
+        """
+        return 1
+
+    def capture_flops(self, block: Block) -> float:
+        """What the observation of a block costs, with the work that it causes in the update."""
+        return 1.0
+
     def observe(self, seen: dict[str, Tensor], io: LayerIO, s: State, block: Block, h: Hyper) -> None:
         """Fold one layer's input and output gradient into ``seen``: raw sums, which the engine adds over ranks.
 

@@ -57,7 +57,7 @@ class LowRankNatural(Part):
         """The number of covariances and their side."""
         return (block.numel // block.shape[-1], block.shape[-1]) if self.span == "neuron" else (1, block.numel)
 
-    def turns(self, x: Batch, device: torch.device) -> Tensor:
+    def since(self, x: Batch, device: torch.device) -> Tensor:
         """How many updates each covariance is past its last decomposition [B, groups]."""
         groups, _ = self.split(x.blocks[0])
         rows = torch.arange(groups if self.staggered else 1, device=device) % x.shape[-2]
@@ -67,7 +67,7 @@ class LowRankNatural(Part):
         """Put the direction in as the newest column and solve."""
         columns = s["columns"]
         u = x.take().whole
-        turns = self.turns(x, u.device)
+        turns = self.since(x, u.device)
         place = (turns + self.rank)[..., None]
         columns.mul_(h[self.gamma] ** 0.5)
         newest = u.view(*columns.shape[:2], 1, -1)
