@@ -104,12 +104,14 @@ class Policy:
         staggered: Whether tasks are spread over the period by cost, or all fall on one step.
         tolerance: A task whose ``drift`` is not above it is skipped; 0 skips none.
         lag: Steps between the start of a task and its landing. 0: it is done at once; else on a background thread.
+        crowded: Every so many steps, from the first, there is other work: the dearest tasks keep out of them. 0: never.
     """
 
     period: int = 0
     staggered: bool = True
     tolerance: float = 0.0
     lag: int = 0
+    crowded: int = 0
 
 
 class Batch:
