@@ -69,6 +69,7 @@ class Binder:
         self.blocks = blocks
         self.add = add
         self.workspace_mb = workspace_mb
+        self.graphs = False  # whether the parts are compiled
         self.plan: Plan | None = None
         self._parts: dict[tuple[int, Block], Parts] = {}
 
@@ -206,6 +207,7 @@ class Binder:
                 if key not in buckets:
                     loop = group["foreach"] is False
                     buckets[key] = Bucket(p.group, parts, p.tensor.dtype, p.tensor.device, slots, loop)
+                    buckets[key].graphs = self.graphs
                 bucket = buckets[key]
                 bucket.blocks.append(block)
                 bucket.owners.append([self._owner(named, block, name) for name in block.names])

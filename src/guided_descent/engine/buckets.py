@@ -8,8 +8,8 @@ tensors large enough to hide the cost of a call and small enough to stay in cach
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from guided_descent.routing.roles import Block, Piece
 
 #: Elements of a chunk: 1 MiB in float32, so that the tensors of one update stay in cache between its operations.
 CHUNK = 262_144
+#: As many chunks in one graph, which reads and writes each tensor once and has a cost for each call.
+GRAPH = 16
 #: Bytes of a stack of matrices on a CPU, for the same reason; one matrix may exceed it.
 STACK = 4 * 2**20
 
@@ -61,6 +63,7 @@ class Bucket:
     capacity: int = 1
     slices: list[Slice] = field(default_factory=list)
     kernel: Kernel | None = None
+    graphs: bool = False  # whether its slices are compiled
 
     @property
     def stacked(self) -> bool:
@@ -77,7 +80,10 @@ class Bucket:
         return zip(range(len(self.blocks)), self.blocks, self.owners)
 
     def cut(self, chosen: Sequence[int]) -> list[Slice]:
-        """Slices that cover these blocks: equal stacks, one list for a kernel, or chunks of ``CHUNK`` elements."""
+        """Slices that cover these blocks: equal stacks, one list for a kernel, or chunks of elements.
+
+        Those to be compiled are larger and ordered by shape, so that few graphs serve many.
+        """
         if self.kernel is not None:
             return [Slice(self, list(chosen))]
         if self.stacked:
@@ -85,15 +91,17 @@ class Bucket:
             return [Slice(self, list(run)) for run in runs]
         slices: list[Slice] = []
         gathered: list[int] = []
-        elements = 0
+        elements, chunk = 0, CHUNK
+        if self.graphs:
+            chunk, chosen = GRAPH * CHUNK, sorted(chosen, key=lambda i: self.blocks[i].shape)
         for i in chosen:
             numel = sum(piece.of(real(p.tensor)).numel() for p, piece in zip(self.owners[i], self.blocks[i].pieces))
-            if self.parts.unit == "element" and numel > 2 * CHUNK and self._flat(i):
-                slices += [Slice(self, [i], (a, min(a + CHUNK, numel))) for a in range(0, numel, CHUNK)]
+            if self.parts.unit == "element" and numel > 2 * chunk and self._flat(i):
+                slices += [Slice(self, [i], (a, min(a + chunk, numel))) for a in range(0, numel, chunk)]
                 continue
             gathered.append(i)
             elements += numel
-            if elements >= CHUNK:
+            if elements >= chunk:
                 slices.append(Slice(self, gathered))
                 gathered, elements = [], 0
         if gathered:
@@ -138,11 +146,24 @@ class Slice:
         for name, stack in bucket.stacks.items():
             self.state[name] = stack[chosen] if self._scattered else stack[lo:hi]
         self._cache: dict[str, tuple[int, Rows]] = {}
+        self._form: Hashable = None
 
     @property
     def leads(self) -> bool:
         """Whether it holds the beginning of its blocks: the later cuts of a large tensor do not."""
         return self.span is None or self.span[0] == 0
+
+    @property
+    def form(self) -> Hashable:
+        """What a graph of its update depends on: slices of one form differ in the tensors alone."""
+        if self.bucket.parts.unit != "element":
+            return self
+        if self._form is None:
+            blocks = tuple(replace(block, key="", pieces=(), why="", module="") for block in self.blocks)
+            pieces = tuple((piece.wd_scale, row) for _, piece, row in self.pieces)
+            rows = tuple((tuple(p.shape), p.stride()) for p in self.p.list)
+            self._form = (self.bucket, blocks, pieces, rows)
+        return self._form
 
     def gradients(self, gradients: Sequence[Tensor | None]) -> Rows:
         """The rows of the gradients, by parameter index; views wherever the layout allows."""

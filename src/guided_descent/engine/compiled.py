@@ -1,7 +1,8 @@
 """Compiled mode: the parts of a slice as one graph, with every number that may change as a tensor.
 
 Learning rate, decay, betas and step enter as 0-d tensors, so that a schedule needs no new graph. The first two updates
-of a slice, where state begins, and its refreshes stay eager: they happen rarely and call solvers.
+of a slice, where state begins, and its refreshes stay eager: they happen rarely and call solvers. Elementwise slices of
+one form share a graph, whatever the names of their parameters.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class _Inside(Workspace):
 
 
 class Compiled:
-    """Compiles the parts of each slice once and runs them.
+    """Compiles the parts for each form of slices once and runs them.
 
     Args:
         work: The engine's scratch, for what a graph leaves out.
@@ -44,21 +45,22 @@ class Compiled:
     def __init__(self, work: Workspace, backend: str | Callable[..., Any] = "inductor") -> None:
         self.work = work
         self.backend = backend
-        self._graphs: dict[Slice, Callable[..., dict[str, Any]]] = {}
+        self._graphs: dict[Any, Callable[..., dict[str, Any]]] = {}  # by the form of the slice
         self._tensors: dict[tuple[str, int, torch.device], Tensor] = {}
 
     def run(
         self, piece: Slice, parts: tuple[Part, ...], g: Rows, w: Rows, h: Mapping[str, Any], step: int
     ) -> dict[str, Any]:
         """Run the parts on a slice; returns the events that they counted."""
-        if piece not in self._graphs:
-            self._graphs[piece] = self._compile(piece)
+        form = piece.form
+        if form not in self._graphs:
+            self._graphs[form] = self._compile(piece)
         device = piece.bucket.device
         numbers = {key: self._tensor(key, h[key], device) for key in self._keys(parts) if key in h}
         numbers["step"] = self._number("step", 0, step, device)
         state = {name: _rows(value) if isinstance(value, Rows) else value for name, value in piece.state.items()}
         with torch.compiler.set_stance("default"):  # a model that is being read runs eagerly, the update need not
-            return self._graphs[piece](parts, _rows(g), _rows(w), state, numbers)
+            return self._graphs[form](parts, _rows(g), _rows(w), state, numbers)
 
     def _compile(self, piece: Slice) -> Callable[..., dict[str, Any]]:
         outside = self.work
@@ -88,7 +90,7 @@ class Compiled:
                 part.update(x, rows, h, {})
             return x.ticks
 
-        # Dynamo counts recompilations by code object: each slice gets one of its own.
+        # Dynamo counts recompilations by code object: each form gets one of its own.
         code = run.__code__.replace(co_name=f"run_{len(self._graphs)}")
         own = types.FunctionType(code, run.__globals__, code.co_name, run.__defaults__, run.__closure__)
         compiled: Callable[..., dict[str, Any]] = torch.compile(own, backend=self.backend, dynamic=False)

@@ -130,6 +130,7 @@ class Optimizer(torch.optim.Optimizer):
             backend: Backend of ``torch.compile``.
         """
         self._engine.compiled = Compiled(self._engine.work, backend)
+        self._engine.binder.graphs = True
         self._engine.forget()
 
     def materialize_state(self) -> None:

@@ -38,8 +38,7 @@ class SquareSum(Part):
         """Add the squares and divide."""
         g = x.read()
         total_square = s["sum"].addcmul_(g, g)
-        root = x.spare("denominator").copy_(total_square).sqrt_().add_(h[self.eps] * x.eps_scale)
-        x.take().div_(root)
+        x.over(g, x.spare("denominator").root_of_(total_square).add_(h[self.eps] * x.eps_scale))
 
     def flops(self, block: Block) -> float:
         """About 5 per element."""
@@ -77,15 +76,15 @@ class SquareAverage(Part):
         alpha, eps = h[self.alpha], h[self.eps] * x.eps_scale
         g, square = x.read(), s["square_avg"]
         square.mul_(alpha).addcmul_(g, g, 1 - alpha)
-        root = x.spare("denominator").copy_(square)
+        root = x.spare("denominator")
         if self.centered:
             mean = s["grad_avg"].lerp_(g, 1 - alpha)
-            root.addcmul_(mean, mean, -1.0).clamp_(0)  # rounding alone takes a variance below 0
+            square = root.copy_(square).addcmul_(mean, mean, -1.0).clamp_(0)  # rounding alone takes one below 0
         if self.inside:
-            root.add_(eps).sqrt_()
+            root.copy_(square).add_(eps).sqrt_()
         else:
-            root.sqrt_().add_(eps)
-        x.take().div_(root)
+            root.root_of_(square).add_(eps)
+        x.over(g, root)
 
     def flops(self, block: Block) -> float:
         """About 6 per element, 12 where it is centered."""
@@ -153,7 +152,8 @@ class MaximumMoments(Part):
         first = s["exp_avg"].lerp_(x.read(), 1 - beta1)
         size = x.take().abs_().add_(h[self.eps] * x.eps_scale)
         largest = s["exp_inf"].mul_(beta2).maximum_(size)
-        x.fresh().copy_(largest).rdiv_(first)
+        x.fresh().copy_(largest)
+        x.over(first)
         x.scale(1 / (1 - beta1**x.step))
 
     def flops(self, block: Block) -> float:
@@ -196,11 +196,12 @@ class RectifiedMoments(Moments):
         late = root2 / bc1
         if isinstance(rho, Tensor):  # a graph for every step: both ways, and a choice
             enough = rho > self.bound
-            root = x.fresh().copy_(second).sqrt_().add_(h[self.eps] * x.eps_scale)
+            root = x.fresh().root_of_(second).add_(h[self.eps] * x.eps_scale)
             root.apply_(lambda row: row.copy_(torch.where(enough, row, torch.ones_like(row)))).rdiv_(first)
             x.scale(torch.where(enough, square**0.5 * late, early))  # square < 0 is left out
         elif rho > self.bound:
-            x.fresh().copy_(second).sqrt_().add_(h[self.eps] * x.eps_scale).rdiv_(first)
+            x.fresh().root_of_(second).add_(h[self.eps] * x.eps_scale)
+            x.over(first)
             x.scale(square**0.5 * late)
         else:
             x.lend(first)
@@ -264,7 +265,7 @@ class AngleMoments(Moments):
 
     def divide(self, x: Batch, first: Rows, second: Rows, h: Hyper, bc1: Number, root2: Number) -> None:
         """The angle between both moments."""
-        x.fresh().copy_(second).sqrt_().mul_(h[self.b] * bc1 / root2).apply_(_angle, first)
+        x.fresh().root_of_(second).mul_(h[self.b] * bc1 / root2).apply_(_angle, first)
         x.scale(h[self.a])
 
 
@@ -285,6 +286,7 @@ class QuotientMomentum(Moments):
         beta1, beta2 = h[self.betas]
         g = x.read()
         second = s["exp_avg_sq"].mul_(beta2).addcmul_(g, g, 1 - beta2)
-        root = x.spare("denominator").copy_(second).div_(1 - beta2**x.step).sqrt_().add_(h[self.eps] * x.eps_scale)
-        x.lend(s["exp_avg"].lerp_(x.take().div_(root), 1 - beta1))
+        root2 = (1 - beta2**x.step) ** 0.5
+        root = x.spare("denominator").root_of_(second).add_(root2 * h[self.eps] * x.eps_scale)
+        x.lend(s["exp_avg"].mul_(beta1).addcdiv_(g, root, (1 - beta1) * root2))
         x.scale(1 / (1 - beta1**x.step))

@@ -166,6 +166,7 @@ class Batch:
         self._make = scratch
         self._scratch: Rows | None = None
         self._u = g
+        self._over: Rows | None = None
         self._factor: Number = 1.0
 
     @property
@@ -176,7 +177,15 @@ class Batch:
     @property
     def u(self) -> Rows:
         """The running direction, to read; multiply by ``factor`` where its length matters."""
+        if self._over is not None:
+            self._u.rdiv_(self._over)
+            self._over = None
         return self._u
+
+    @property
+    def quotient(self) -> tuple[Rows, Rows] | None:
+        """Numerator and divisor of a direction that has not been divided yet; see ``over``."""
+        return None if self._over is None else (self._over, self._u)
 
     @property
     def factor(self) -> Number:
@@ -185,13 +194,13 @@ class Batch:
 
     def read(self) -> Rows:
         """The direction with ``factor`` applied, to read; copied only where there is a factor."""
-        return self._u if isinstance(self._factor, float) and self._factor == 1.0 else self.take()
+        return self.u if isinstance(self._factor, float) and self._factor == 1.0 else self.take()
 
     def own(self) -> Rows:
         """The direction as scratch that may be overwritten; copied on first use. ``factor`` stays apart."""
-        u = self._direction()
-        if self._u is not u:
-            u.copy_(self._u)
+        u, now = self._direction(), self.u
+        if now is not u:
+            u.copy_(now)
             self._u = u
         return u
 
@@ -205,9 +214,19 @@ class Batch:
 
     def fresh(self) -> Rows:
         """Scratch that becomes the direction, contents undefined: for a part that writes every element."""
-        self._u = self._direction()
+        self._u, self._over = self._direction(), None
         self._factor = 1.0
         return self._u
+
+    def over(self, numerator: Rows, divisor: Rows | None = None) -> None:
+        """Let the direction be a quotient, divided when somebody reads it; ``factor`` starts again at 1.
+
+        A step that divides as it adds saves a pass over memory. The numerator is only read. The divisor is scratch,
+        which the quotient overwrites: that of ``fresh`` if left out.
+        """
+        self._u = self._direction() if divisor is None else divisor
+        self._over = numerator
+        self._factor = 1.0
 
     def spare(self, tag: str) -> Rows:
         """More scratch of the direction's shape, contents undefined."""
@@ -215,7 +234,7 @@ class Batch:
 
     def lend(self, rows: Rows) -> None:
         """Let the direction be these rows without copying them; nobody will write into them."""
-        self._u = rows
+        self._u, self._over = rows, None
         self._factor = 1.0
 
     def scale(self, factor: Number) -> None:

@@ -187,8 +187,9 @@ class Moments(Part):
 
     def divide(self, x: Batch, first: Rows, second: Rows, h: Hyper, bc1: Number, root2: Number) -> None:
         """Make the quotient the direction; ``root2`` is ``sqrt(bc2)``."""
-        x.fresh().copy_(second).sqrt_().div_(root2).add_(h[self.eps] * x.eps_scale).rdiv_(first)
-        x.scale(1 / bc1)
+        x.fresh().root_of_(second).add_(root2 * h[self.eps] * x.eps_scale)
+        x.over(first)
+        x.scale(root2 / bc1)
 
     def flops(self, block: Block) -> float:
         """About 12 per element."""
@@ -224,7 +225,8 @@ class AdamMoments(Moments):
         if not self.late_correction:
             super().divide(x, first, second, h, bc1, root2)
             return
-        x.fresh().copy_(second).sqrt_().add_(h[self.eps] * x.eps_scale).rdiv_(first)
+        x.fresh().root_of_(second).add_(h[self.eps] * x.eps_scale)
+        x.over(first)
         x.scale(root2 / bc1)
 
 
@@ -266,10 +268,15 @@ class NadamMoments(Part):
         g, first, second = x.read(), s["exp_avg"], s["exp_avg_sq"]
         first.lerp_(g, 1 - beta1)
         second.mul_(beta2).addcmul_(g, g, 1 - beta2)
-        denominator = x.spare("denominator").copy_(second)
-        denominator.div_(1 - beta2**step).sqrt_().add_(h[self.eps] * x.eps_scale)
-        direction = x.take().mul_(x.by_row((1 - now) / (1 - product)))
-        direction.add_(first, alpha=x.by_row(after / (1 - product * after))).div_(denominator)
+        of_gradient, of_momentum = (1 - now) / (1 - product), after / (1 - product * after)
+        mixed = x.spare("nadam").mix_(g, first, x.by_row(of_momentum / (of_gradient + of_momentum)))
+        both = x.by_row(of_gradient + of_momentum)
+        root2 = (1 - beta2**step) ** 0.5
+        x.fresh().root_of_(second).add_(root2 * h[self.eps] * x.eps_scale)
+        if not isinstance(both, float):
+            mixed.mul_(both)
+        x.over(mixed)
+        x.scale(root2 * both if isinstance(both, float) else root2)
 
     def _momentum(self, h: Hyper, step: Number) -> Number:
         beta1: Number = h[self.betas][0]

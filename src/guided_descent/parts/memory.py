@@ -48,7 +48,7 @@ class AdoptMoments(Part):
             second.addcmul_(g, g)
             x.hold()
             return
-        quotient = x.spare("quotient").copy_(second).sqrt_()
+        quotient = x.spare("quotient").root_of_(second)
         least, bound = h[self.eps] * x.eps_scale, (x.step - 1) ** h[self.clip]
         quotient.clamp_(least).rdiv_(g).clamp_(-bound, bound)
         second.mul_(beta2).addcmul_(g, g, 1 - beta2)
@@ -121,9 +121,10 @@ class TwoMomenta(Part):
         slow.lerp_(g, 1 - slow_memory(x.step, beta1, beta3, h[self.warmup]))
         second = s["exp_avg_sq"].mul_(beta2).addcmul_(g, g, 1 - beta2)
         alpha = h[self.alpha] * ramp(x.step, h[self.warmup])
-        root = x.spare("denominator").copy_(second).sqrt_().div_((1 - beta2**x.step) ** 0.5)
-        root.add_(h[self.eps] * x.eps_scale)
-        x.fresh().copy_(fast).div_(1 - beta1**x.step).add_(slow, alpha=alpha).div_(root)
+        bc1, root2 = 1 - beta1**x.step, (1 - beta2**x.step) ** 0.5
+        x.fresh().root_of_(second).add_(root2 * h[self.eps] * x.eps_scale)
+        x.over(x.spare("mixture").copy_(fast).add_(slow, alpha=alpha * bc1))
+        x.scale(root2 / bc1)
 
     def flops(self, block: Block) -> float:
         """About 17 per element."""
@@ -171,9 +172,10 @@ class AdanMoments(Part):
         first, second = s["exp_avg"].lerp_(x.read(), 1 - beta1), s["exp_avg_diff"].lerp_(change, 1 - beta2)
         change.mul_(beta2).add_(x.read())
         third = s["exp_avg_sq"].mul_(beta3).addcmul_(change, change, 1 - beta3)
-        root = change.copy_(third).sqrt_().div_((1 - beta3**x.step) ** 0.5).add_(h[self.eps] * x.eps_scale)
-        u = x.fresh().copy_(first).div_(1 - beta1**x.step)
-        u.add_(second, alpha=beta2 / (1 - beta2**x.step)).div_(root)
+        bc1, bc2, root3 = 1 - beta1**x.step, 1 - beta2**x.step, (1 - beta3**x.step) ** 0.5
+        mixture = x.fresh().copy_(first).add_(second, alpha=beta2 * bc1 / bc2)
+        x.over(mixture, change.root_of_(third).add_(root3 * h[self.eps] * x.eps_scale))
+        x.scale(root3 / bc1)
 
     def flops(self, block: Block) -> float:
         """About 22 per element."""

@@ -121,6 +121,22 @@ class Rows:
         """``a <- sqrt(a)``."""
         return self._unary(Tensor.sqrt_, torch._foreach_sqrt_)
 
+    def root_of_(self, other: Rows) -> Rows:
+        """``a <- sqrt(b)``."""
+        if self.loop:
+            for a, b in zip(self.list, other.list):
+                torch.sqrt(b, out=a)
+            return self
+        return self.copy_(other).sqrt_()
+
+    def mix_(self, b: Rows, c: Rows, weight: Scalar) -> Rows:
+        """``a <- b + weight (c - b)``."""
+        if self.loop and isinstance(weight, float):
+            for x, y, z in zip(self.list, b.list, c.list):
+                torch.lerp(y, z, weight, out=x)
+            return self
+        return self.copy_(b).lerp_(c, weight)
+
     def abs_(self) -> Rows:
         """``a <- |a|``."""
         return self._unary(Tensor.abs_, torch._foreach_abs_)
@@ -153,10 +169,11 @@ class Rows:
         return torch.stack([torch.linalg.vector_norm(row, dtype=dtype) for row in self.list])
 
     def _each(self, scalar: Scalar) -> Sequence[Number]:
-        if isinstance(scalar, float | int) or (isinstance(scalar, Tensor) and scalar.ndim == 0):
+        if isinstance(scalar, float | int):
             return [scalar] * len(self.list)
         if isinstance(scalar, Tensor):
-            return list(scalar.unbind())
+            apart = _apart(scalar, self.list[0].dtype)
+            return [apart] * len(self.list) if scalar.ndim == 0 else list(apart.unbind())
         return scalar
 
     def _unary(self, one: Callable[[Tensor], Tensor], many: Callable[[list[Tensor]], object]) -> Rows:
@@ -198,3 +215,14 @@ class Rows:
         else:
             many(self.list, b.list, c.list, list(value))
         return self
+
+
+def _apart(scalars: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scalars for the rows; inside a graph for a CPU, behind an operation that is not fused with loops.
+
+    The compiler would move what leads to a scalar, powers and roots, into the loop over elements and compute it anew
+    for each few of them, which takes more than twice the time of the update. The median of one number is that number.
+    """
+    if torch.compiler.is_compiling() and scalars.device.type == "cpu":
+        return torch.median(scalars.to(dtype).unsqueeze(-1), -1).values
+    return scalars

@@ -34,7 +34,11 @@ class Descend(Part):
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Subtract the direction, scaled."""
-        writable(x).add_(x.u, alpha=-(h[self.lr] * x.lr_scale * x.factor))
+        w, length = writable(x), -(h[self.lr] * x.lr_scale * x.factor)
+        if x.quotient is not None:
+            w.addcdiv_(*x.quotient, value=length)
+        else:
+            w.add_(x.u, alpha=length)
 
     def flops(self, block: Block) -> float:
         """Two per element."""
