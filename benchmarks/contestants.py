@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,8 +46,62 @@ SETS: dict[str, Callable[[bool], list[tuple[int, ...]]]] = {
 }
 
 
+#: The same method elsewhere: a class of torch with its options, of HeavyBall, and of pytorch_optimizer.
+PEERS: dict[str, tuple[tuple[str, dict[str, Any]] | None, str, str]] = {
+    "sgd": (("SGD", {"momentum": 0.9}), "SGD", "SGDW"),
+    "adagrad": (("Adagrad", {}), "", ""),
+    "rmsprop": (("RMSprop", {}), "RMSprop", ""),
+    "adadelta": (("Adadelta", {}), "", ""),
+    "adam": (("Adam", {}), "", ""),
+    "amsgrad": (("Adam", {"amsgrad": True}), "", ""),
+    "adamw": (("AdamW", {}), "AdamW", "StableAdamW"),
+    "nadam": (("NAdam", {}), "", ""),
+    "nadamw": (("NAdam", {"decoupled_weight_decay": True}), "NAdam", ""),
+    "radam": (("RAdam", {}), "", ""),
+    "adamax": (("Adamax", {}), "", "AdaMax"),
+    "adafactor": (("Adafactor", {}), "", "AdaFactor"),
+    "adabelief": (None, "", "AdaBelief"),
+    "yogi": (None, "", "Yogi"),
+    "laprop": (None, "LaProp", "LaProp"),
+    "novograd": (None, "", "NovoGrad"),
+    "lion": (None, "", "Lion"),
+    "signsgd": (None, "", "SignSGD"),
+    "signum": (None, "", "SignSGD"),
+    "grams": (None, "", "Grams"),
+    "lars": (None, "", "LARS"),
+    "lamb": (None, "", "Lamb"),
+    "adan": (None, "", "Adan"),
+    "adopt": (None, "ADOPT", "ADOPT"),
+    "ademamix": (None, "AdEMAMix", "AdEMAMix"),
+    "mars": (None, "", "MARS"),
+    "came": (None, "", "CAME"),
+    "sm3": (None, "", "SM3"),
+    "prodigy": (None, "", "Prodigy"),
+    "dadapt_adam": (None, "", "DAdaptAdam"),
+    "dadapt_sgd": (None, "", "DAdaptSGD"),
+    "schedule_free_sgd": (None, "", "ScheduleFreeSGD"),
+    "schedule_free_adamw": (None, "SFAdamW", "ScheduleFreeAdamW"),
+    "schedule_free_radam": (None, "", "ScheduleFreeRAdam"),
+}
+#: What differs from the defaults of a recipe when it is timed.
+OPTIONS: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}}
+
+
+def first_order() -> tuple[str, ...]:
+    """The recipes of first order that need one gradient in a step and no model."""
+    infos = gd.recipes.REGISTRY.values()
+    return tuple(i.key for i in infos if not (i.cls.matrix or i.cls.reads_layers or evaluations(i.key) > 1))
+
+
+def evaluations(key: str) -> int:
+    """Gradients that a recipe takes in one step."""
+    optimizer = gd.optimizer(key, [nn.Parameter(torch.zeros(4, 3))], lr=1e-3)
+    return max(bucket.parts.evaluations for bucket in optimizer._engine.bind().buckets)
+
+
 #: Which methods are run by one command and written to one file.
 FAMILIES: dict[str, tuple[str, ...]] = {
+    "first_order": tuple(f"{key} floor" for key in first_order()),
     "elementwise": ("sgd", "adamw", "nadamw"),
     "spectral": ("muon", "normuon", "adamuon"),
     "kronecker": (
@@ -75,13 +129,14 @@ class Method:
         matrices: Whether the set's matrices alone are trained.
         block: Steps of one timing, a whole number of refresh periods.
         sets: The sets on which it runs.
+        floor: Whether the reference tells the rate of memory, to which the bytes of the others are compared.
     """
 
     contestants: list[Contestant]
     matrices: bool = False
     block: int = 1
     sets: tuple[str, ...] = ("gpt-6x512", "gpt-4x768", "small-1000")
-    tails: dict[str, Any] = field(default_factory=dict)
+    floor: bool = False
 
 
 def ours(key: str, name: str = "ours", **options: Any) -> Contestant:
@@ -96,6 +151,22 @@ def peer(library: str, cls: str, **options: Any) -> list[Contestant]:
     except ImportError:
         return []
     return [Contestant(library, lambda p: getattr(module, cls)(p, lr=1e-3, **options))]
+
+
+def by_floor(key: str) -> Method:
+    """A first-order method beside the fused AdamW of torch, which moves 28 bytes for each element."""
+    official, heavyball, other = PEERS.get(key, (None, "", ""))
+    found = [Contestant("torch fused adamw", lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True))]
+    options = OPTIONS.get(key, {})
+    if official is not None:
+        name, more = official
+        found.append(Contestant("torch", lambda p: getattr(torch.optim, name)(p, lr=1e-3, foreach=True, **more)))
+    found += peer("heavyball", heavyball) if heavyball else []
+    found += peer("pytorch_optimizer", other) if other else []
+    found.append(ours(key, "ours", **options))
+    found.append(ours(key, "ours ignore", nonfinite="ignore", **options))
+    found.append(ours(key, "ours compiled", nonfinite="ignore", fused=False, compile=True, **options))
+    return Method(found, sets=("gpt-6x512",), floor=True)
 
 
 def _muon_peer(cls: str) -> list[Contestant]:
@@ -214,4 +285,4 @@ def methods() -> dict[str, Method]:
     }
     for method in list(found.values())[3:]:
         method.matrices = True
-    return found
+    return found | {f"{key} floor": by_floor(key) for key in first_order()}

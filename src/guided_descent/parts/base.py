@@ -228,6 +228,12 @@ class Batch:
         self._over = numerator
         self._factor = 1.0
 
+    def become(self, scratch: Rows) -> None:
+        """Let the direction be this scratch, of ``spare``, which may be overwritten."""
+        self._u = self._scratch = scratch
+        self._over = None
+        self._factor = 1.0
+
     def spare(self, tag: str) -> Rows:
         """More scratch of the direction's shape, contents undefined."""
         return self._make(tag)

@@ -141,9 +141,9 @@ class LionMomentum(Part):
         """Mix with the old momentum, then advance it."""
         beta1, beta2 = h[self.betas]
         g, average = x.read(), s["exp_avg"]
-        old = x.spare("momentum").copy_(average)
+        mixed = x.spare("mixture").mix_(g, average, beta1)
         average.lerp_(g, 1 - beta2)
-        x.own().lerp_(old, beta1)
+        x.become(mixed)
 
     def flops(self, block: Block) -> float:
         """About 6 per element."""

@@ -155,7 +155,13 @@ class Rows:
 
     def clamp_(self, low: Number | None = None, high: Number | None = None) -> Rows:
         """``a <- min(max(a, low), high)``, elementwise."""
-        return self.apply_(lambda row: row.clamp_(low, high))
+        lows, highs = self._bounds(low), self._bounds(high)
+        for row, least, most in zip(self.list, lows, highs):
+            row.clamp_(least, most)  # type: ignore[arg-type]
+        return self
+
+    def _bounds(self, bound: Number | None) -> Sequence[Number | None]:
+        return [None] * len(self.list) if bound is None else self._each(bound)
 
     def apply_(self, function: Callable[..., object], *others: Rows) -> Rows:
         """Call ``function(a, b, ...)`` on each row; it must write into ``a``."""

@@ -104,16 +104,17 @@ class Sign(Part):
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Take the signs."""
-        x.take().apply_(_sign)
+        u = x.read()
+        x.fresh().apply_(_sign, u)
 
     def flops(self, block: Block) -> float:
         """Two per element."""
         return 2.0 * block.numel
 
 
-def _sign(row: Tensor) -> None:
+def _sign(row: Tensor, of: Tensor) -> None:
     tiny = torch.finfo(row.dtype).tiny  # a power of two
-    row.clamp_(-tiny, tiny).mul_(1 / tiny)
+    torch.clamp(of, -tiny, tiny, out=row).mul_(1 / tiny)
 
 
 @dataclass(frozen=True)
