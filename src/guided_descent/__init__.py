@@ -51,6 +51,7 @@ Yogi = class_of(recipes.Yogi)
 LaProp = class_of(recipes.LaProp)
 AdamAtan2 = class_of(recipes.AdamAtan2)
 Grams = class_of(recipes.Grams)
+CLARS = class_of(recipes.CLARS)
 LARS = class_of(recipes.LARS)
 LAMB = class_of(recipes.LAMB)
 NovoGrad = class_of(recipes.NovoGrad)
@@ -63,6 +64,7 @@ MARS = class_of(recipes.MARS)
 __all__ = [
     "ADOPT",
     "ASGO",
+    "CLARS",
     "EKFAC",
     "FOOF",
     "KFAC",

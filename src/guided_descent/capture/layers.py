@@ -42,6 +42,7 @@ class LayerIO:
         fresh: false when ``a`` repeats an earlier ``LayerIO`` of the same pass, which gave it other gradients.
         groups: maps side by side.
         inputs: d_in, or the rows of the table.
+        users: layers that share the weight, whose terms are counted once for each.
     """
 
     kind: Kind
@@ -52,6 +53,7 @@ class LayerIO:
     fresh: bool
     groups: int
     inputs: int
+    users: int = 1
 
     def gram_inputs(self, approx: Approx = "expand") -> tuple[Tensor, int]:
         """The raw sum of a a^T and the count that makes it a mean, A = sum / count.

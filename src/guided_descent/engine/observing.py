@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ class Observer:
     ) -> None:
         self.engine = engine
         self.blocks = blocks
+        self.users = Counter(block.key for own in blocks.values() for block in own)
         self.armed = False
         self.watched: set[str] = set()  # layers that this step observes
         self.turns: tuple[Plan, dict[tuple[Part, int], dict[str, int]]] | None = None
@@ -150,7 +152,7 @@ class Observer:
             for part in self._parts(block, number):
                 part.observe(
                     self.seen.setdefault(block.key, {}),
-                    _part_of(io, block),
+                    _part_of(io, block, self.users[block.key]),
                     state,
                     block,
                     self.engine.groups[bucket.group],
@@ -203,10 +205,10 @@ class Observer:
                 value.copy_(part.view_as(value))
 
 
-def _part_of(io: LayerIO, block: Block) -> LayerIO:
+def _part_of(io: LayerIO, block: Block, users: int) -> LayerIO:
     """What one block of a layer's weight sees: its rows of the output, its columns of the input, its bias or none."""
     index = block.pieces[0].index
-    changes: dict[str, Any] = {"bias": io.bias and len(block.pieces) == 2}
+    changes: dict[str, Any] = {"bias": io.bias and len(block.pieces) == 2, "users": users}
     if index and io.kind == "linear":
         if io.d is not None:
             changes["d"] = io.d[..., index[0]]

@@ -35,9 +35,13 @@ class LarsRatio(Part):
         """Group keys it reads."""
         return (self.eta, self.weight_decay, self.eps, self.lr)
 
+    def lengths(self, x: Batch, s: State) -> Tensor:
+        """The norm of each gradient [rows]."""
+        return x.read().norms()
+
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Measure, add the decay, scale."""
-        weight, gradient = x.p.norms(), x.read().norms()
+        weight, gradient = x.p.norms(), self.lengths(x, s)
         scale = torch.tensor(x.wd_scale, dtype=weight.dtype, device=weight.device)
         ratio = h[self.eta] * weight / (gradient + h[self.weight_decay] * scale * weight + h[self.eps])
         if self.clip:

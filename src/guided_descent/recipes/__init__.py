@@ -4,7 +4,7 @@ from guided_descent.recipes.adam import AdaBelief, Adam, AdamAtan2, AdamW, AMSGr
 from guided_descent.recipes.adaptive import Adadelta, Adagrad, Adamax, RAdam, RMSprop
 from guided_descent.recipes.base import REGISTRY, Constraint, Info, Recipe, hyper, lookup, recipe, static
 from guided_descent.recipes.kfac import EKFAC, FOOF, KFAC
-from guided_descent.recipes.layerwise import LAMB, LARS, NormalizedSGD, NovoGrad
+from guided_descent.recipes.layerwise import CLARS, LAMB, LARS, NormalizedSGD, NovoGrad
 from guided_descent.recipes.memory import ADOPT, MARS, Adan, AdEMAMix
 from guided_descent.recipes.muon import Muon
 from guided_descent.recipes.psgd import PSGDDiagonal, PSGDKron, PSGDLowRank
@@ -20,6 +20,7 @@ from guided_descent.recipes.tonga import TONGA
 __all__ = [
     "ADOPT",
     "ASGO",
+    "CLARS",
     "EKFAC",
     "FOOF",
     "KFAC",

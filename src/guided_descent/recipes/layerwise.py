@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from guided_descent.parts import (
     DECAYS,
@@ -19,11 +19,22 @@ from guided_descent.parts import (
     Parts,
     TrustRatio,
 )
+from guided_descent.parts.geometry.clars import ClarsRatio
 from guided_descent.recipes.base import Recipe, decay_kind, hyper, recipe, static
-from guided_descent.routing.roles import Block
+from guided_descent.routing.roles import Block, Role
 
 #: Tensors whose rate follows their norm: those of two and more dimensions, or all of them.
 ADAPTED = ("matrices", "all")
+
+
+def check_nesterov(made: LARS | CLARS) -> None:
+    """Nesterov's form is a look-ahead along a momentum.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if made.nesterov and made.momentum == 0:
+        raise ValueError(f"nesterov=True of {made.label} needs momentum > 0, got momentum=0")
 
 
 def _adapts(block: Block, adapt: str) -> bool:
@@ -50,14 +61,52 @@ class LARS(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov=True of lars needs momentum > 0, got momentum=0")
+        check_nesterov(self)
 
     def parts(self, block: Block) -> Parts:
         """Ratio with decay, momentum, step."""
         ratio: Part = LarsRatio(clip=self.clip) if _adapts(block, self.adapt) else L2()
         momentum = (Momentum(dampening="", nesterov=self.nesterov).at("momentum"),) if self.momentum else ()
         return Parts(ratio, *momentum, Descend())
+
+
+@recipe("clars", paper="Huo, Gu and Huang 2020, arXiv:2002.01576 (exact rule unverified)", family="layerwise")
+@dataclass(frozen=True, kw_only=True)
+class CLARS(Recipe):
+    """LARS that looks at the gradient of every sample, so that large batches need no warmup.
+
+    ``lam = eta ||W|| / (mean_i ||g_i|| + wd ||W|| + eps)`` over the samples i; ``b <- mu b + lam (g + wd W)``;
+    ``W <- W - lr b``. Layers that can be read have the ratio (linear, convolution, embedding), with the exact norms of
+    their samples' gradients; LARS, for which biases and gains have the rate ``lr``, takes the rest. The exact rule of
+    the paper is unverified; see ``ClarsRatio``.
+    """
+
+    matrix = True
+    reads_layers = True
+
+    lr: float = hyper(0.1, ge=0, help="learning rate; a layer moves by at most lr * eta of its norm, without momentum")
+    momentum: float = hyper(0.9, ge=0, lt=1, structural=True, help="momentum mu of the scaled gradients")
+    weight_decay: float = hyper(0.0, ge=0, help="decay, coupled and part of the ratio")
+    trust_coefficient: float = hyper(1e-2, gt=0, help="eta, the relative change of a layer at lr 1 if samples agree")
+    eps: float = hyper(0.0, ge=0, help="added to the divisor of the ratio")
+    factor_frequency: int = hyper(1, ge=1, help="steps between looks at the samples")
+    nesterov: bool = static(False, help="look-ahead form; needs momentum > 0")
+    fisher: str = static("empirical", of=("empirical",), help="the passes of the true labels tell the samples' norms")
+    aux: Recipe = field(default_factory=lambda: LARS(lr=0.1, trust_coefficient=1e-2))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_nesterov(self)
+
+    def route(self, block: Block) -> Recipe:
+        """Matrices, tables and heads stay, the rest goes to the auxiliary recipe."""
+        stays = block.is_matrix or block.role in (Role.EMBEDDING, Role.HEAD)
+        return self if stays and len(block.shape) == 2 and min(block.shape) > 0 else self.aux
+
+    def parts(self, block: Block) -> Parts:
+        """Ratio with decay, momentum, step."""
+        momentum = (Momentum(dampening="", nesterov=self.nesterov).at("momentum"),) if self.momentum else ()
+        return Parts(ClarsRatio(), *momentum, Descend())
 
 
 @recipe("lamb", paper="You et al. 2019, arXiv:1904.00962", family="layerwise")
