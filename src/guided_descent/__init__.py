@@ -60,10 +60,20 @@ ADOPT = class_of(recipes.ADOPT)
 AdEMAMix = class_of(recipes.AdEMAMix)
 Adan = class_of(recipes.Adan)
 MARS = class_of(recipes.MARS)
+Adafactor = class_of(recipes.Adafactor)
+CAME = class_of(recipes.CAME)
+SM3 = class_of(recipes.SM3)
+AdamMini = class_of(recipes.AdamMini)
+GaLore = class_of(recipes.GaLore)
+Fira = class_of(recipes.Fira)
+APOLLO = class_of(recipes.APOLLO)
+APOLLOMini = class_of(recipes.APOLLOMini)
 
 __all__ = [
     "ADOPT",
+    "APOLLO",
     "ASGO",
+    "CAME",
     "CLARS",
     "EKFAC",
     "FOOF",
@@ -74,20 +84,26 @@ __all__ = [
     "MARS",
     "SGD",
     "SINGD",
+    "SM3",
     "SOAP",
     "TONGA",
     "AMSGrad",
+    "APOLLOMini",
     "AdEMAMix",
     "AdaBelief",
     "AdaMuon",
     "Adadelta",
+    "Adafactor",
     "Adagrad",
     "Adam",
     "AdamAtan2",
+    "AdamMini",
     "AdamW",
     "Adamax",
     "Adan",
     "ECShampoo",
+    "Fira",
+    "GaLore",
     "Grams",
     "KLShampoo",
     "LaProp",

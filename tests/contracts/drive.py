@@ -19,10 +19,13 @@ from guided_descent.routing.roles import Block, Piece, Role
 #: Options that make slow work happen in a short test and fix its dtype, for recipes that have them.
 SMALL: dict[str, Any] = {
     "precondition_frequency": 3,
+    "update_proj_gap": 3,
     "factor_frequency": 2,
     "start_preconditioning_step": 3,
     "ns_dtype": "float32",
 }
+#: Sizes that mean something on small tensors, for recipes whose own are larger.
+SIZES: dict[str, int] = {"rank": 4, "min_dim_size_to_factor": 3}
 TOKENS = 11
 
 
@@ -89,8 +92,9 @@ class Lone(nn.Module):
 
 def options(key: str, **more: Any) -> dict[str, Any]:
     """Small options of a recipe; more ones replace them."""
-    fields = {item.name for item in dataclasses.fields(REGISTRY[key].cls)}
-    return {name: value for name, value in SMALL.items() if name in fields} | more
+    fields = {item.name: item.default for item in dataclasses.fields(REGISTRY[key].cls)}
+    sizes = {name: size for name, size in SIZES.items() if fields.get(name, 0) > size}
+    return {name: value for name, value in SMALL.items() if name in fields} | sizes | more
 
 
 def make(key: str, params: Any, **more: Any) -> RoutedOptimizer:

@@ -475,6 +475,12 @@ TORCH: dict[str, tuple[Any, dict[str, Any], str, dict[str, Any]]] = {
     "adadelta": (torch.optim.Adadelta, {"lr": 0.01, "weight_decay": 0.1}, "adadelta", {}),
     "adamax": (torch.optim.Adamax, {"lr": 0.01}, "adamax", {}),
     "radam": (torch.optim.RAdam, {"lr": 0.01, "weight_decay": 0.1}, "radam", {}),
+    "adafactor": (
+        torch.optim.Adafactor,
+        {"lr": 0.01, "weight_decay": 0.1, "eps": (1e-30, 1e-3)},
+        "adafactor",
+        {"min_dim_size_to_factor": 1, "factored_axes": "last"},
+    ),
 }
 
 

@@ -114,11 +114,16 @@ def drift(key: str, dtype: torch.dtype, rounding: str, rate: float, steps: int) 
 def wanted(key: str, steps: int) -> tuple[float, torch.Tensor]:
     """The learning rate at which updates are 1e-4 of the weights on average, and where float32 then leads.
 
-    No update depends on the weights here, so that the way is proportional to the rate.
+    The way is proportional to the rate, and found at the second attempt, unless updates depend on the weights.
     """
-    probe = 1e-3
-    rate = probe * 1e-4 * steps / float(drift(key, torch.float32, "nearest", probe, steps).abs().mean())
-    return rate, drift(key, torch.float32, "nearest", rate, steps)
+    rate = 1e-3
+    for _ in range(8):
+        way = drift(key, torch.float32, "nearest", rate, steps)
+        share = 1e-4 * steps / float(way.abs().mean())
+        if 0.8 < share < 1.25:
+            return rate, way
+        rate *= share
+    raise AssertionError(f"no rate makes the updates of {key} 1e-4 of the weights")
 
 
 STEPS = 10_000

@@ -161,6 +161,8 @@ def test_degenerate_and_unusual_tensors_of_known_modules() -> None:
     assert only(fc=nn.Linear(7, 8, dtype=torch.complex64))["fc.weight"] == ("other", (8, 7))
     table = route(Net(fc=nn.Linear(7, 8, dtype=torch.complex64), code=nn.Parameter(torch.ones(3, 3).byte(), False)))
     assert table["fc.weight"].blocks[0].why.startswith("complex")
+    assert table["fc.weight"].blocks[0].stored == (8, 7, 2)
+    assert table["fc.bias"].blocks[0].stored == (8, 2)
     assert table["code"].blocks[0].why.startswith("uint8")
     with pytest.warns(UserWarning, match="zero-element"):
         empty = nn.Linear(0, 8, bias=False)

@@ -168,6 +168,7 @@ class Engine:
             self.observer.reduce()
         active = self._whole(plan, gradients, active)
         work = self._schedule(plan, gradients, active)
+        self.refresher.run(work, ahead=True)
         self._run(work)
         self.refresher.run(work)
         self._constrain(plan, gradients)
@@ -488,8 +489,10 @@ class Engine:
         return w.slice.state[name].list if name else [None] * len(w.slice.p)
 
     def view(self, w: Work, piece: Slice) -> Batch:
-        """Some rows of a slice for slow work, which reads no gradient."""
-        return self._batch(Work(piece, w.bucket, w.step, piece.p, w.parts))
+        """Some rows of a slice for slow work."""
+        chosen = set(piece.chosen)
+        rows = [g for (_, _, row), g in zip(w.slice.pieces, w.gradients.list) if w.slice.chosen[row] in chosen]
+        return self._batch(Work(piece, w.bucket, w.step, Rows(rows, loop=w.bucket.loop), w.parts))
 
     def collect(self, piece: Slice, x: Batch) -> None:
         """Count the events of a batch."""

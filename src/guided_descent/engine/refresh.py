@@ -2,7 +2,7 @@
 
 When a task is due is a pure function of names, shapes and step, and work that was started after update t lands after
 update t + lag exactly, so that a resumed run refreshes as the uninterrupted one does. What waits to land is finished
-before a state dict is made and is held in it.
+before a state dict is made and is held in it. Work that reads the gradient starts, and lands, before the update.
 """
 
 from __future__ import annotations
@@ -115,19 +115,26 @@ class Refresher:
         self.waiting.clear()
         self._read = False
 
-    def run(self, works: Iterable[Work]) -> None:
-        """After the updates of a step: land what has its time, and redo or start what is due."""
+    def run(self, works: Iterable[Work], ahead: bool = False) -> None:
+        """Land what has its time, and redo or start what is due: after the updates of a step.
+
+        With ``ahead``, before them, for the parts whose work reads the gradient. One job is then done at a time, so
+        that the gradients of one slice are copied and not those of the model.
+        """
         self._restore()
         jobs: list[Job] = []
         for work in works:
             if work.step == 1:
                 continue
             for part in work.parts:
+                if part.reads_gradient is not ahead:
+                    continue
                 policy = part.policy(self.engine.groups[work.bucket.group])
                 if policy.period:
                     jobs += self._plan(work, part, policy)
-        for batch in self._batches(jobs):
-            self._solve(batch)
+        for together in [[job] for job in jobs] if ahead else [jobs]:
+            for batch in self._batches(together):
+                self._solve(batch)
 
     def settle(self) -> None:
         """Finish what runs in the background and put its results into the state."""
@@ -174,7 +181,10 @@ class Refresher:
         for number, job in enumerate(jobs):
             h = self.engine.groups[job.work.bucket.group]
             piece = self.engine.cut(job.work.bucket, job.rows)
-            inputs = job.part.inputs(job.task, piece.state, h)
+            state = piece.state
+            if job.part.reads_gradient:
+                state = state | {"gradient": self.engine.view(job.work, piece).own().whole}
+            inputs = job.part.inputs(job.task, state, h)
             if job.policy.tolerance:
                 rows = self._drifted(job, piece, job.part.drift(inputs, h))
                 if not rows:

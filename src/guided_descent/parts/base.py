@@ -287,11 +287,14 @@ class Part:
     - ``unit``: ``element`` (any cut of the tensors will do), ``block`` (needs whole tensors, say for a norm) or
       ``matrix`` (works on ``x.u.stack``, a stack of same-shape blocks).
     - ``needs``: what it asks of the training loop.
+    - ``reads_gradient``: whether its slow work reads the gradient of the step. It then runs before the update, and
+      ``inputs`` finds the gradient of its rows as ``s["gradient"]``, ``[B, m, n]``, in scratch memory.
     """
 
     slot: ClassVar[str] = "estimate"
     unit: ClassVar[Unit] = "element"
     needs: ClassVar[Needs] = Needs()
+    reads_gradient: ClassVar[bool] = False
     place: str = field(default="", kw_only=True)
 
     @property

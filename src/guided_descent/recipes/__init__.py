@@ -3,8 +3,10 @@
 from guided_descent.recipes.adam import AdaBelief, Adam, AdamAtan2, AdamW, AMSGrad, Grams, LaProp, NAdam, NAdamW, Yogi
 from guided_descent.recipes.adaptive import Adadelta, Adagrad, Adamax, RAdam, RMSprop
 from guided_descent.recipes.base import REGISTRY, Constraint, Info, Recipe, hyper, lookup, recipe, static
+from guided_descent.recipes.factored import CAME, SM3, Adafactor, AdamMini
 from guided_descent.recipes.kfac import EKFAC, FOOF, KFAC
 from guided_descent.recipes.layerwise import CLARS, LAMB, LARS, NormalizedSGD, NovoGrad
+from guided_descent.recipes.lowrank import APOLLO, APOLLOMini, Fira, GaLore
 from guided_descent.recipes.memory import ADOPT, MARS, Adan, AdEMAMix
 from guided_descent.recipes.muon import Muon
 from guided_descent.recipes.psgd import PSGDDiagonal, PSGDKron, PSGDLowRank
@@ -19,7 +21,9 @@ from guided_descent.recipes.tonga import TONGA
 
 __all__ = [
     "ADOPT",
+    "APOLLO",
     "ASGO",
+    "CAME",
     "CLARS",
     "EKFAC",
     "FOOF",
@@ -31,21 +35,27 @@ __all__ = [
     "REGISTRY",
     "SGD",
     "SINGD",
+    "SM3",
     "SOAP",
     "TONGA",
     "AMSGrad",
+    "APOLLOMini",
     "AdEMAMix",
     "AdaBelief",
     "AdaMuon",
     "Adadelta",
+    "Adafactor",
     "Adagrad",
     "Adam",
     "AdamAtan2",
+    "AdamMini",
     "AdamW",
     "Adamax",
     "Adan",
     "Constraint",
     "ECShampoo",
+    "Fira",
+    "GaLore",
     "Grams",
     "Info",
     "KLShampoo",

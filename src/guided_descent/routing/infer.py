@@ -120,6 +120,8 @@ def _entry(parameter: _Parameter, facts: Facts | None, rules: Sequence[Rule]) ->
     if not tensor.requires_grad:
         guess = replace(guess, why=f"{guess.why}; frozen")
     blocks = _blocks(name, shape, guess, module)
+    if tensor.is_complex():
+        blocks = tuple(replace(block, complex=True) for block in blocks)
     lazy = nn.parameter.is_lazy(tensor)
     return Entry(name, tuple(names[1:]), shape, tensor.requires_grad, matched, blocks, guess.flattened, lazy, owner)
 

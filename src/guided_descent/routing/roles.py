@@ -86,6 +86,7 @@ class Block:
         lr_scale: Multiplier on the learning rate, written by parametrizations only.
         wd_scale: Multiplier on the weight decay.
         eps_scale: Multiplier on eps.
+        complex: Whether its numbers are complex, which parts see as pairs of reals.
     """
 
     key: str
@@ -97,6 +98,7 @@ class Block:
     lr_scale: float = 1.0
     wd_scale: float = 1.0
     eps_scale: float = 1.0
+    complex: bool = False
 
     @property
     def is_matrix(self) -> bool:
@@ -112,6 +114,11 @@ class Block:
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """Shape of its first piece as parts see it: complex numbers are pairs, on a last axis of their own."""
+        return (*self.pieces[0].shape, 2) if self.complex else self.pieces[0].shape
 
     @property
     def names(self) -> tuple[str, ...]:

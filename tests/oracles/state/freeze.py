@@ -16,7 +16,8 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent / "contracts"))
 
-from drive import SMALL, Net, evaluations, fill, has, make, parameters, push, take  # noqa: E402
+from drive import Net, evaluations, fill, has, make, parameters, push, take  # noqa: E402
+from drive import options as small  # noqa: E402
 
 from guided_descent.recipes import REGISTRY  # noqa: E402
 
@@ -30,7 +31,7 @@ def freeze(name: str) -> Path:
         raise SystemExit(f"{path} exists: a frozen file is never rewritten")
     net = Net()
     options = REGISTRY[key].cls().values()  # all of them: a default may change, what was saved may not
-    options |= {name: value for name, value in SMALL.items() if has(key, name)}
+    options |= small(key)
     options |= {"momentum": 0.9} if has(key, "momentum") else {}
     opt = make(key, net, **options)
     push(opt, 8, seed=1)
