@@ -59,6 +59,9 @@ ADOPT = class_of(recipes.ADOPT)
 AdEMAMix = class_of(recipes.AdEMAMix)
 Adan = class_of(recipes.Adan)
 MARS = class_of(recipes.MARS)
+Madam = class_of(recipes.Madam)
+MultiplicativeAdam = class_of(recipes.MultiplicativeAdam)
+MultiplicativeSGD = class_of(recipes.MultiplicativeSGD)
 
 __all__ = [
     "ADOPT",
@@ -90,7 +93,10 @@ __all__ = [
     "KLShampoo",
     "LaProp",
     "Lion",
+    "Madam",
     "Moonlight",
+    "MultiplicativeAdam",
+    "MultiplicativeSGD",
     "Muon",
     "MuonClip",
     "NAdam",

@@ -18,10 +18,11 @@ from guided_descent.parts.geometry import CARRIES, NS_DTYPES, Eigenbasis, Polar,
 from guided_descent.parts.layerwise import LarsRatio, Normalize, NormalizeEach, NormMoments, TrustRatio
 from guided_descent.parts.mask import Cautious, GradientSigns
 from guided_descent.parts.memory import AdanMoments, AdoptMoments, CorrectedGradient, ProximalDecay, TwoMomenta
+from guided_descent.parts.multiplicative import RULES, BoundedRatio, Exponential, HAbs, MAbs, MSpow
 from guided_descent.parts.rows import Rows
 from guided_descent.parts.scale import SCALES, InverseTime, MatrixScale
 from guided_descent.parts.slow import Slow
-from guided_descent.parts.step import Descend, Displace, writable
+from guided_descent.parts.step import Descend, Displace, StepRule, writable
 
 __all__ = [
     "ALL_DECAYS",
@@ -30,6 +31,7 @@ __all__ = [
     "L2",
     "NS_DTYPES",
     "ORDER",
+    "RULES",
     "SCALES",
     "AdamMoments",
     "AdanMoments",
@@ -37,6 +39,7 @@ __all__ = [
     "AngleMoments",
     "Batch",
     "BeliefMoments",
+    "BoundedRatio",
     "Cautious",
     "CautiousDecay",
     "CorrectedGradient",
@@ -45,12 +48,16 @@ __all__ = [
     "Displace",
     "Eigenbasis",
     "Ema",
+    "Exponential",
     "Found",
     "GradientSigns",
+    "HAbs",
     "Hyper",
     "InverseTime",
     "LarsRatio",
     "LionMomentum",
+    "MAbs",
+    "MSpow",
     "MatrixScale",
     "MaximumMoments",
     "Moments",
@@ -75,6 +82,7 @@ __all__ = [
     "SquareAverage",
     "SquareSum",
     "State",
+    "StepRule",
     "Task",
     "TrustRatio",
     "TwoMomenta",

@@ -6,6 +6,7 @@ from guided_descent.recipes.base import REGISTRY, Constraint, Info, Recipe, hype
 from guided_descent.recipes.kfac import EKFAC, FOOF, KFAC
 from guided_descent.recipes.layerwise import LAMB, LARS, NormalizedSGD, NovoGrad
 from guided_descent.recipes.memory import ADOPT, MARS, Adan, AdEMAMix
+from guided_descent.recipes.multiplicative import Madam, Multiplicative, MultiplicativeAdam, MultiplicativeSGD
 from guided_descent.recipes.muon import Muon
 from guided_descent.recipes.psgd import PSGDDiagonal, PSGDKron, PSGDLowRank
 from guided_descent.recipes.sgd import SGD
@@ -50,7 +51,11 @@ __all__ = [
     "KLShampoo",
     "LaProp",
     "Lion",
+    "Madam",
     "Moonlight",
+    "Multiplicative",
+    "MultiplicativeAdam",
+    "MultiplicativeSGD",
     "Muon",
     "MuonClip",
     "NAdam",
