@@ -7,6 +7,7 @@ from guided_descent.catalogue import describe, list_optimizers
 from guided_descent.engine.optimizer import Optimizer
 from guided_descent.engine.policies import NonFiniteError
 from guided_descent.explain import explain
+from guided_descent.initialize import initialize
 from guided_descent.routing import rule
 
 __version__ = "0.1.0"
@@ -59,6 +60,8 @@ ADOPT = class_of(recipes.ADOPT)
 AdEMAMix = class_of(recipes.AdEMAMix)
 Adan = class_of(recipes.Adan)
 MARS = class_of(recipes.MARS)
+Scion = class_of(recipes.Scion)
+Hyperball = class_of(recipes.Hyperball)
 Madam = class_of(recipes.Madam)
 MultiplicativeAdam = class_of(recipes.MultiplicativeAdam)
 MultiplicativeSGD = class_of(recipes.MultiplicativeSGD)
@@ -90,6 +93,7 @@ __all__ = [
     "Adan",
     "ECShampoo",
     "Grams",
+    "Hyperball",
     "KLShampoo",
     "LaProp",
     "Lion",
@@ -113,6 +117,7 @@ __all__ = [
     "RMSprop",
     "RoutedOptimizer",
     "SPlus",
+    "Scion",
     "Shampoo",
     "SignSGD",
     "Signum",
@@ -124,6 +129,7 @@ __all__ = [
     "describe",
     "evaluating",
     "explain",
+    "initialize",
     "list_optimizers",
     "optimizer",
     "parts",

@@ -142,6 +142,12 @@ def per_tensor(key: str) -> bool:
     return not recipe_of(key).matrix and parts_of(key).unit != "element"
 
 
+def takes_biases(key: str) -> bool:
+    """Whether a recipe for matrices keeps biases for itself."""
+    made = recipe_of(key)()
+    return made.route(Block("b", (Piece("b", (6,)),), (6,), Role.BIAS)) is made
+
+
 def structure(key: str) -> tuple[Any, ...]:
     """What the engine sees of a recipe: recipes that agree here take the same way through it."""
     cls, parts = recipe_of(key), parts_of(key)

@@ -12,9 +12,20 @@ from guided_descent.parts.adaptive import (
     YogiMoments,
 )
 from guided_descent.parts.base import ORDER, Batch, Found, Hyper, Needs, Part, Parts, Policy, Slot, State, Task
-from guided_descent.parts.decay import ALL_DECAYS, DECAYS, L2, CautiousDecay, Decoupled
+from guided_descent.parts.decay import ALL_DECAYS, DECAYS, L2, CautiousDecay, Decoupled, FrankWolfe
 from guided_descent.parts.estimate import AdamMoments, Ema, LionMomentum, Moments, Momentum, NadamMoments, Velocity
-from guided_descent.parts.geometry import CARRIES, NS_DTYPES, Eigenbasis, Polar, Sign
+from guided_descent.parts.geometry import (
+    CARRIES,
+    NS_DTYPES,
+    Eigenbasis,
+    LineLmo,
+    Lmo,
+    Polar,
+    RmsLmo,
+    Sign,
+    SignLmo,
+    SpectralLmo,
+)
 from guided_descent.parts.layerwise import LarsRatio, Normalize, NormalizeEach, NormMoments, TrustRatio
 from guided_descent.parts.mask import Cautious, GradientSigns
 from guided_descent.parts.memory import AdanMoments, AdoptMoments, CorrectedGradient, ProximalDecay, TwoMomenta
@@ -22,6 +33,7 @@ from guided_descent.parts.multiplicative import RULES, BoundedRatio, Exponential
 from guided_descent.parts.rows import Rows
 from guided_descent.parts.scale import SCALES, InverseTime, MatrixScale
 from guided_descent.parts.slow import Slow
+from guided_descent.parts.sphere import SphereStep
 from guided_descent.parts.step import Descend, Displace, StepRule, writable
 
 __all__ = [
@@ -50,12 +62,15 @@ __all__ = [
     "Ema",
     "Exponential",
     "Found",
+    "FrankWolfe",
     "GradientSigns",
     "HAbs",
     "Hyper",
     "InverseTime",
     "LarsRatio",
+    "LineLmo",
     "LionMomentum",
+    "Lmo",
     "MAbs",
     "MSpow",
     "MatrixScale",
@@ -74,11 +89,15 @@ __all__ = [
     "ProximalDecay",
     "QuotientMomentum",
     "RectifiedMoments",
+    "RmsLmo",
     "RootRatio",
     "Rows",
     "Sign",
+    "SignLmo",
     "Slot",
     "Slow",
+    "SpectralLmo",
+    "SphereStep",
     "SquareAverage",
     "SquareSum",
     "State",

@@ -8,6 +8,7 @@ from guided_descent.recipes.layerwise import LAMB, LARS, NormalizedSGD, NovoGrad
 from guided_descent.recipes.memory import ADOPT, MARS, Adan, AdEMAMix
 from guided_descent.recipes.multiplicative import Madam, Multiplicative, MultiplicativeAdam, MultiplicativeSGD
 from guided_descent.recipes.muon import Muon
+from guided_descent.recipes.norms import Hyperball, Scion
 from guided_descent.recipes.psgd import PSGDDiagonal, PSGDKron, PSGDLowRank
 from guided_descent.recipes.sgd import SGD
 from guided_descent.recipes.shampoo import ASGO, KLSOAP, ECShampoo, KLShampoo, Shampoo
@@ -47,6 +48,7 @@ __all__ = [
     "Constraint",
     "ECShampoo",
     "Grams",
+    "Hyperball",
     "Info",
     "KLShampoo",
     "LaProp",
@@ -70,6 +72,7 @@ __all__ = [
     "RMSprop",
     "Recipe",
     "SPlus",
+    "Scion",
     "Shampoo",
     "SignSGD",
     "Signum",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from guided_descent.linalg.polar import polar
+from guided_descent.linalg.workspace import Workspace
 from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, Unit
 from guided_descent.routing.roles import Block
 
@@ -48,7 +49,11 @@ class Polar(Part):
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Replace each matrix of the direction by its polar factor; the length of the input does not matter."""
-        u = x.take().whole
+        self.orthogonalize(x.take().whole, h, x.work)
+        x.tick("orthogonalizations")
+
+    def orthogonalize(self, u: Tensor, h: Hyper, work: Workspace | None = None) -> None:
+        """Replace each matrix ``[..., m, n]`` by its polar factor, in place."""
         polar(
             u,
             coefficients=h[self.coefficients],
@@ -57,9 +62,8 @@ class Polar(Part):
             eps=h[self.eps],
             method=h[self.method],
             out=u,
-            work=x.work,
+            work=work,
         )
-        x.tick("orthogonalizations")
 
     def flops(self, block: Block) -> float:
         """At most five standard quintic steps: ``20 r^2 c + 10 r^3`` with r the smaller side."""
@@ -104,14 +108,15 @@ class Sign(Part):
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Take the signs."""
-        x.take().apply_(_sign)
+        x.take().apply_(sign_)
 
     def flops(self, block: Block) -> float:
         """Two per element."""
         return 2.0 * block.numel
 
 
-def _sign(row: Tensor) -> None:
+def sign_(row: Tensor) -> None:
+    """The signs of a tensor, in place."""
     tiny = torch.finfo(row.dtype).tiny  # a power of two
     row.clamp_(-tiny, tiny).mul_(1 / tiny)
 
