@@ -9,6 +9,7 @@ from guided_descent.engine.policies import NonFiniteError
 from guided_descent.explain import explain
 from guided_descent.initialize import initialize
 from guided_descent.routing import rule
+from guided_descent.scaling import modula
 
 __version__ = "0.1.0"
 
@@ -60,6 +61,7 @@ ADOPT = class_of(recipes.ADOPT)
 AdEMAMix = class_of(recipes.AdEMAMix)
 Adan = class_of(recipes.Adan)
 MARS = class_of(recipes.MARS)
+Modula = class_of(recipes.Modula)
 Scion = class_of(recipes.Scion)
 Hyperball = class_of(recipes.Hyperball)
 Madam = class_of(recipes.Madam)
@@ -98,6 +100,7 @@ __all__ = [
     "LaProp",
     "Lion",
     "Madam",
+    "Modula",
     "Moonlight",
     "MultiplicativeAdam",
     "MultiplicativeSGD",
@@ -131,6 +134,7 @@ __all__ = [
     "explain",
     "initialize",
     "list_optimizers",
+    "modula",
     "optimizer",
     "parts",
     "recipes",

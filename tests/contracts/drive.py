@@ -97,7 +97,25 @@ def make(key: str, params: Any, **more: Any) -> RoutedOptimizer:
     """An optimizer of this recipe with small options."""
     if reads_layers(key) and isinstance(params, nn.Module):
         more = {"loss": "cross_entropy"} | more
+    if recipe_of(key).parametrization and isinstance(params, nn.Module) and not readable(params):
+        more = {"parametrization": "flat"} | more
     return gd.optimizer(key, params, **options(key, **more))
+
+
+class Unscaled:
+    """A parametrization that leaves learning rates alone, so that a weight and its parts take steps of one length."""
+
+    def apply(self, blocks: Any, needed: Any) -> Any:
+        return dict(blocks)
+
+
+def readable(model: nn.Module) -> bool:
+    """Whether the forward pass of a model of these tests tells how its weights are put together."""
+    try:
+        gd.modula.read(model)
+    except ValueError:
+        return False
+    return True
 
 
 def lone(key: str, name: str, p: nn.Parameter) -> Any:

@@ -10,6 +10,7 @@ import torch
 from drive import (
     SAMPLES,
     Net,
+    Unscaled,
     assert_close,
     evaluations,
     exact,
@@ -157,7 +158,8 @@ def train_both(key: str, joint: nn.Module, rules: list[Any], split: Any) -> tupl
     [p] = joint.parameters()
     apart = Apart(*split(p.detach()))
     asked = [gd.rule("*", role="matrix")] if recipe_of(key).matrix else []
-    one, two = make(key, joint, rules=rules, **exact(key)), make(key, apart, rules=asked, **exact(key))
+    more = exact(key) | ({"parametrization": Unscaled()} if recipe_of(key).parametrization else {})
+    one, two = make(key, joint, rules=rules, **more), make(key, apart, rules=asked, **more)
     made = torch.Generator().manual_seed(3)
     for number in range(7):
         g = torch.randn(p.shape, generator=made, dtype=torch.float64)

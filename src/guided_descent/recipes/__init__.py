@@ -8,7 +8,7 @@ from guided_descent.recipes.layerwise import LAMB, LARS, NormalizedSGD, NovoGrad
 from guided_descent.recipes.memory import ADOPT, MARS, Adan, AdEMAMix
 from guided_descent.recipes.multiplicative import Madam, Multiplicative, MultiplicativeAdam, MultiplicativeSGD
 from guided_descent.recipes.muon import Muon
-from guided_descent.recipes.norms import Hyperball, Scion
+from guided_descent.recipes.norms import Hyperball, Modula, Scion
 from guided_descent.recipes.psgd import PSGDDiagonal, PSGDKron, PSGDLowRank
 from guided_descent.recipes.sgd import SGD
 from guided_descent.recipes.shampoo import ASGO, KLSOAP, ECShampoo, KLShampoo, Shampoo
@@ -54,6 +54,7 @@ __all__ = [
     "LaProp",
     "Lion",
     "Madam",
+    "Modula",
     "Moonlight",
     "Multiplicative",
     "MultiplicativeAdam",

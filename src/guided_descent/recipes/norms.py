@@ -1,4 +1,4 @@
-"""Methods whose weights or steps lie on the balls of norms, chosen by what a tensor does: Scion, Hyperball."""
+"""Methods whose weights or steps lie on the balls of norms, chosen by what a tensor does: Scion, Modula, Hyperball."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from dataclasses import dataclass, field, replace
 
 from guided_descent.linalg.polar import METHODS, NAMES
 from guided_descent.parts import (
+    DECAYS,
     NS_DTYPES,
+    AdamMoments,
     Descend,
     Ema,
     FrankWolfe,
@@ -20,7 +22,7 @@ from guided_descent.parts import (
     SphereStep,
 )
 from guided_descent.recipes.adam import AdamW
-from guided_descent.recipes.base import Recipe, hyper, recipe, static
+from guided_descent.recipes.base import Recipe, decay_kind, hyper, recipe, static
 from guided_descent.routing.roles import Block, Role
 
 
@@ -110,6 +112,40 @@ class Scion(Orthogonal):
         """Momentum, LMO, the pull to the centre, step."""
         pull = (FrankWolfe(),) if self.constrained else ()
         return Parts(Ema(), self.lmo(block), *pull, Descend())
+
+
+@recipe("modula", paper="Large et al. 2024, arXiv:2405.14813; Bernstein and Newhouse 2024, 2410.21265", family="norm")
+@dataclass(frozen=True, kw_only=True)
+class Modula(Orthogonal):
+    """Steepest descent in the modular norm: each weight moves by its share of one step of the whole network.
+
+    ``p <- p (1 - lr wd) - lr t lmo(d)`` of the momentum ``d <- mu d + (1 - mu) g``, or of the direction of Adam. The
+    LMO is ``sqrt(d_o / d_i) U V^T`` for Linears, the same over ``k^2`` at each position of a convolution's kernel, and
+    rows of root mean square 1 for embeddings. The target ``t`` is the weight's share of the mass of the network, over
+    the sensitivity of what comes after it; it is read off the forward pass (``guided_descent.modula.read``), or follows
+    from a tree that is declared, ``parametrization=modula.Sequence(...)``. Given tensors without a model, they are a
+    tuple. Biases and gains take the auxiliary recipe.
+    """
+
+    parametrization = "modula"
+
+    lr: float = hyper(0.1, ge=0, help="length of a step of the whole network, in the modular norm")
+    weight_decay: float = hyper(0.0, ge=0, help="decay; lr * weight_decay is taken off in a step")
+    direction: str = static("momentum", of=("momentum", "adam"), help="what is dualized")
+    betas: tuple[float, float] = hyper((0.9, 0.99), ge=0, lt=1, help="memories of the moments, for direction='adam'")
+    adam_eps: float = hyper(1e-8, ge=0, help="added to the root of the second moment, for direction='adam'")
+    decay: str = decay_kind()
+
+    def route(self, block: Block) -> Recipe:
+        """Weights with a norm of their own stay, the rest goes to the auxiliary recipe."""
+        return self if block.is_matrix or block.role in (Role.EMBEDDING, Role.HEAD) else self.aux
+
+    def parts(self, block: Block) -> Parts:
+        """Direction, LMO, decay, step."""
+        direction = Ema() if self.direction == "momentum" else AdamMoments(eps="adam_eps")
+        table = block.role is Role.EMBEDDING
+        lmo = LineLmo(lines="table", radius="") if table else SpectralLmo(each=True, radius="")
+        return Parts(direction, lmo, DECAYS[self.decay], Descend())
 
 
 @recipe("hyperball", paper="Wen et al. 2026, arXiv:2606.16899", family="norm")
