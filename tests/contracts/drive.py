@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import guided_descent as gd
 from guided_descent.build import RoutedOptimizer
+from guided_descent.parts import Exponential, MAbs
 from guided_descent.parts.base import Parts
 from guided_descent.recipes import REGISTRY, Recipe
 from guided_descent.routing.roles import Block, Piece, Role
@@ -164,6 +165,11 @@ def takes_biases(key: str) -> bool:
     """Whether a recipe for matrices keeps biases for itself."""
     made = recipe_of(key)()
     return made.route(Block("b", (Piece("b", (6,)),), (6,), Role.BIAS)) is made
+
+
+def takes_shares(key: str) -> bool:
+    """Whether its steps are shares of the weights."""
+    return any(isinstance(part, MAbs | Exponential) for part in parts_of(key))
 
 
 def structure(key: str) -> tuple[Any, ...]:

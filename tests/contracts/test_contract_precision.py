@@ -25,6 +25,7 @@ from drive import (
     reads_layers,
     snapshot,
     take,
+    takes_shares,
     undrawn,
 )
 from torch import nn
@@ -115,10 +116,11 @@ def drift(key: str, dtype: torch.dtype, rounding: str, rate: float, steps: int) 
 def wanted(key: str, steps: int) -> tuple[float, torch.Tensor]:
     """The learning rate at which updates are 1e-4 of the weights on average, and where float32 then leads.
 
-    No update depends on the weights here, so that the way is proportional to the rate.
+    No update depends on the weights here, so that the way is proportional to the rate; or each is a share of them, and
+    the beginning of the way is.
     """
-    probe = 1e-3
-    rate = probe * 1e-4 * steps / float(drift(key, torch.float32, "nearest", probe, steps).abs().mean())
+    probe, first = 1e-3, max(steps // 100, 10) if takes_shares(key) else steps
+    rate = probe * 1e-4 * first / float(drift(key, torch.float32, "nearest", probe, first).abs().mean())
     return rate, drift(key, torch.float32, "nearest", rate, steps)
 
 
