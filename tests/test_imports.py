@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     {"recipes"},
     {"scaling", "kernels"},
     {"engine", "parallel"},
-    {"layers", "build", "explain", "catalogue", "solvers"},
+    {"layers", "build", "explain", "catalogue", "initialize", "solvers"},
     {"schedules", "averaging"},
     {"curvature", "guide", "bench", "experiments", "integrations"},
     {"cli", "__main__"},

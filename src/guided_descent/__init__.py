@@ -7,7 +7,9 @@ from guided_descent.catalogue import describe, list_optimizers
 from guided_descent.engine.optimizer import Optimizer
 from guided_descent.engine.policies import NonFiniteError
 from guided_descent.explain import explain
+from guided_descent.initialize import initialize
 from guided_descent.routing import rule
+from guided_descent.scaling import modula
 
 __version__ = "0.1.0"
 
@@ -68,6 +70,12 @@ GaLore = class_of(recipes.GaLore)
 Fira = class_of(recipes.Fira)
 APOLLO = class_of(recipes.APOLLO)
 APOLLOMini = class_of(recipes.APOLLOMini)
+Modula = class_of(recipes.Modula)
+Scion = class_of(recipes.Scion)
+Hyperball = class_of(recipes.Hyperball)
+Madam = class_of(recipes.Madam)
+MultiplicativeAdam = class_of(recipes.MultiplicativeAdam)
+MultiplicativeSGD = class_of(recipes.MultiplicativeSGD)
 
 __all__ = [
     "ADOPT",
@@ -105,10 +113,15 @@ __all__ = [
     "Fira",
     "GaLore",
     "Grams",
+    "Hyperball",
     "KLShampoo",
     "LaProp",
     "Lion",
+    "Madam",
+    "Modula",
     "Moonlight",
+    "MultiplicativeAdam",
+    "MultiplicativeSGD",
     "Muon",
     "MuonClip",
     "NAdam",
@@ -125,6 +138,7 @@ __all__ = [
     "RMSprop",
     "RoutedOptimizer",
     "SPlus",
+    "Scion",
     "Shampoo",
     "SignSGD",
     "Signum",
@@ -136,7 +150,9 @@ __all__ = [
     "describe",
     "evaluating",
     "explain",
+    "initialize",
     "list_optimizers",
+    "modula",
     "optimizer",
     "parts",
     "recipes",

@@ -20,6 +20,7 @@ from guided_descent.layers import Layer, find_layers, joined, not_read, undivide
 from guided_descent.parts.base import Part
 from guided_descent.recipes.base import Recipe, lookup
 from guided_descent.routing import Block, Entry, Role, Rule, Table, canonical_name, check_not_flattened, route
+from guided_descent.scaling import Parametrization, resolve
 
 Params: TypeAlias = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -63,6 +64,8 @@ class RoutedOptimizer(Optimizer):
         loss: For recipes that sample labels from the model: ``cross_entropy``, ``mse`` and others of
             ``guided_descent.capture.LOSSES``, or a ``Loss``.
         scaler: The ``GradScaler`` that scales the loss, for recipes that read output gradients.
+        parametrization: What multiplies the learning rate of each weight: a tree of ``guided_descent.modula``,
+            another ``Parametrization``, or the name of one, ``modula`` or ``flat``. ``None`` is the recipe's own.
     """
 
     recipe_class: ClassVar[type[Recipe] | None] = None
@@ -79,13 +82,14 @@ class RoutedOptimizer(Optimizer):
         seed: int = 0,
         loss: Any = None,
         scaler: Any = None,
+        parametrization: Parametrization | str | None = None,
         **engine: Any,
     ) -> None:
         engine = _engine_options(engine, recipe)
         self._base = recipe
         self._engine_options = engine
         add = tuple(add)
-        assembly = assemble(params, recipe, rules, engine)
+        assembly = assemble(params, recipe, rules, engine, parametrization)
         self.table = Table(assembly.entries)
         self._start(assembly.groups, assembly.recipes, assembly.blocks, add, workspace_mb, seed)
         self._blocks_read = assembly.read
@@ -156,7 +160,7 @@ class RoutedOptimizer(Optimizer):
             super().add_param_group(param_group)
             return
         taken = sum(len(group["params"]) for group in self.param_groups)
-        assembly = assemble([param_group], self._base, (), self._engine_options, first=taken)
+        assembly = assemble([param_group], self._base, (), self._engine_options, None, first=taken)
         clash = set(assembly.blocks) & set(self._engine.binder.blocks)
         if clash:
             raise ValueError(
@@ -244,7 +248,7 @@ def build(
         nonfinite: ``skip``, ``raise`` or ``ignore`` a step with a non-finite gradient.
         compile: Compile the parts.
         seed: Seed of every random draw.
-        **options: ``rounding``, ``maximize``, ``foreach``, ``fused``, ``workspace_mb``.
+        **options: ``rounding``, ``maximize``, ``foreach``, ``fused``, ``workspace_mb``, ``parametrization``.
 
     Example:
         >>> import torch, guided_descent as gd
@@ -297,6 +301,7 @@ _BUILD_KEYS = (
     "seed",
     "loss",
     "scaler",
+    "parametrization",
     *_NOT_OPTIONS,
 )
 
@@ -305,7 +310,12 @@ _BUILD_KEYS = (
 
 
 def assemble(
-    params: Params, recipe: Recipe, rules: Sequence[Rule], engine: Mapping[str, Any], first: int = 0
+    params: Params,
+    recipe: Recipe,
+    rules: Sequence[Rule],
+    engine: Mapping[str, Any],
+    parametrization: Parametrization | str | None,
+    first: int = 0,
 ) -> Assembly:
     """Route the parameters and sort them into typed groups; each trainable parameter ends in exactly one.
 
@@ -314,6 +324,7 @@ def assemble(
         recipe: The recipe that takes what no rule takes.
         rules: Overrides.
         engine: Engine keys for every group.
+        parametrization: What multiplies learning rates; ``None`` is the recipe's own.
         first: Number of the first unnamed parameter.
     """
     known = isinstance(params, nn.Module)
@@ -353,6 +364,13 @@ def assemble(
             blocks[name] = _scaled(entry, made, recipes[found[own_key]], known)
             if owner.reads_layers and name in layers:
                 read[name] = blocks[name]
+    needed = [name for group, owner in zip(groups, recipes) if owner.parametrization for name in group["param_names"]]
+    if parametrization is None and needed:
+        parametrization = next(owner.parametrization for owner in recipes if owner.parametrization)
+    if parametrization is not None:
+        model = params if isinstance(params, nn.Module) else None
+        blocks = resolve(parametrization, model, rules, needed).apply(blocks, needed)
+        read = {name: blocks[name] for name in read}
     if not groups:
         raise ValueError("there are no parameters to train: the model, list or groups given hold none")
     if recipe.matrix and not any(r.matrix for r in recipes):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import guided_descent as gd
 from guided_descent.build import RoutedOptimizer
+from guided_descent.parts import Exponential, MAbs
 from guided_descent.parts.base import Parts
 from guided_descent.recipes import REGISTRY, Recipe
 from guided_descent.routing.roles import Block, Piece, Role
@@ -101,7 +102,25 @@ def make(key: str, params: Any, **more: Any) -> RoutedOptimizer:
     """An optimizer of this recipe with small options."""
     if reads_layers(key) and isinstance(params, nn.Module):
         more = {"loss": "cross_entropy"} | more
+    if recipe_of(key).parametrization and isinstance(params, nn.Module) and not readable(params):
+        more = {"parametrization": "flat"} | more
     return gd.optimizer(key, params, **options(key, **more))
+
+
+class Unscaled:
+    """A parametrization that leaves learning rates alone, so that a weight and its parts take steps of one length."""
+
+    def apply(self, blocks: Any, needed: Any) -> Any:
+        return dict(blocks)
+
+
+def readable(model: nn.Module) -> bool:
+    """Whether the forward pass of a model of these tests tells how its weights are put together."""
+    try:
+        gd.modula.read(model)
+    except ValueError:
+        return False
+    return True
 
 
 def lone(key: str, name: str, p: nn.Parameter) -> Any:
@@ -144,6 +163,12 @@ def has_sums(key: str) -> bool:
 def per_tensor(key: str) -> bool:
     """Whether it is for any tensor and yet acts on each as a whole: on a stack or a fused map as on one."""
     return not recipe_of(key).matrix and parts_of(key).unit != "element"
+
+
+def takes_biases(key: str) -> bool:
+    """Whether a recipe for matrices keeps biases for itself."""
+    made = recipe_of(key)()
+    return made.route(Block("b", (Piece("b", (6,)),), (6,), Role.BIAS)) is made
 
 
 def structure(key: str) -> tuple[Any, ...]:

@@ -100,7 +100,8 @@ def drift(key: str, dtype: torch.dtype, rounding: str, rate: float, steps: int) 
     g = torch.randn(24, 24, generator=made).to(torch.bfloat16)
     once: dict[str, Any] = {"factor_frequency": 10**6} if reads_layers(key) else {}  # a metric that stays
     once |= {"kl_clip": None} if has(key, "kl_clip") else {}
-    opt = make(key, lone(key, "p", p), lr=rate, rounding=rounding, weight_decay=0.0, **once)
+    once |= {"weight_decay": 0.0} if has(key, "weight_decay") else {}
+    opt = make(key, lone(key, "p", p), lr=rate, rounding=rounding, **once)
 
     def closure() -> None:
         p.grad = g.to(dtype)

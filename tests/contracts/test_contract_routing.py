@@ -10,6 +10,7 @@ import torch
 from drive import (
     SAMPLES,
     Net,
+    Unscaled,
     assert_close,
     evaluations,
     exact,
@@ -22,12 +23,13 @@ from drive import (
     reads_layers,
     recipe_of,
     refuses_lists,
+    takes_biases,
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import guided_descent as gd
-from guided_descent.parts import Polar
+from guided_descent.parts import Descend, Polar
 from guided_descent.recipes import REGISTRY
 
 
@@ -118,7 +120,8 @@ def test_every_shape_is_owned_once_and_trains(key: str) -> None:
     if recipe_of(key).matrix:
         takes = {line.parameter for line in gd.explain(opt).lines if line.recipe == key}
         assert {"conv.weight", "line.weight", "first.weight"} <= takes
-        assert not takes & {"depthwise.weight", "row", "column", "vector", "scalar", "empty", "waves", "conv.bias"}
+        others = {"depthwise.weight", "row", "column", "vector", "scalar", "empty", "waves"}
+        assert not takes & (others if takes_biases(key) else others | {"conv.bias"})
 
 
 class Experts(nn.Module):
@@ -155,7 +158,8 @@ def train_both(key: str, joint: nn.Module, rules: list[Any], split: Any) -> tupl
     [p] = joint.parameters()
     apart = Apart(*split(p.detach()))
     asked = [gd.rule("*", role="matrix")] if recipe_of(key).matrix else []
-    one, two = make(key, joint, rules=rules, **exact(key)), make(key, apart, rules=asked, **exact(key))
+    more = exact(key) | ({"parametrization": Unscaled()} if recipe_of(key).parametrization else {})
+    one, two = make(key, joint, rules=rules, **more), make(key, apart, rules=asked, **more)
     made = torch.Generator().manual_seed(3)
     for number in range(7):
         g = torch.randn(p.shape, generator=made, dtype=torch.float64)
@@ -227,8 +231,12 @@ def test_the_audit_counts_every_use(key: str) -> None:
     opt = make(key, net)
     push(opt, 10)
     audit = opt.audit()
-    own = [line.parameter for line in gd.explain(opt).lines if line.recipe == key]
+    lines = [line for line in gd.explain(opt).lines if line.recipe == key]
+    own = [line.parameter for line in lines]
     if any(isinstance(part, Polar) for part in parts_of(key)):
+        binder = opt._engine.binder
+        parts = {line.parameter: binder.parts(line.group, binder.blocks[line.parameter][0]) for line in lines}
+        own = [name for name in own if any(isinstance(part, Polar) for part in parts[name])]  # not tables, in scion
         assert {name: audit[name]["orthogonalizations"] for name in own} == dict.fromkeys(own, 10)
         assert not set(audit) - set(own)
     if reads_layers(key):
@@ -254,7 +262,8 @@ def spectral(*, pure: bool = False) -> list[str]:
     for key in gd.list_optimizers():
         geometry = [part for part in parts_of(key) if part.where == "geometry"]
         kinds = [type(part) for part in geometry]
-        if Polar in kinds and (not pure or kinds == [Polar]):
+        along = any(isinstance(part, Descend) for part in parts_of(key))
+        if Polar in kinds and along and (not pure or kinds == [Polar]):
             found.append(key)
     return found
 

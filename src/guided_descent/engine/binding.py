@@ -93,7 +93,7 @@ class Binder:
         key = (group, block)
         if key not in self._parts:
             recipe = self.recipes[group]
-            parts = recipe.parts(block) + self.add
+            parts = recipe.parts(block) + tuple(part for part in self.add if part.takes(block))
             for part in parts:
                 lacking = [name for name in part.keys if name not in self.groups[group]]
                 if lacking:

@@ -12,7 +12,7 @@ from guided_descent.parts.adaptive import (
     YogiMoments,
 )
 from guided_descent.parts.base import ORDER, Batch, Found, Hyper, Needs, Part, Parts, Policy, Slot, State, Task
-from guided_descent.parts.decay import ALL_DECAYS, DECAYS, L2, CautiousDecay, Decoupled
+from guided_descent.parts.decay import ALL_DECAYS, DECAYS, L2, CautiousDecay, Decoupled, FrankWolfe
 from guided_descent.parts.estimate import AdamMoments, Ema, LionMomentum, Moments, Momentum, NadamMoments, Velocity
 from guided_descent.parts.factored import (
     AdafactorRoot,
@@ -30,18 +30,25 @@ from guided_descent.parts.geometry import (
     Eigenbasis,
     FullRankSubspace,
     GrowthLimit,
+    LineLmo,
+    Lmo,
     Polar,
     ProjectedScale,
+    RmsLmo,
     Sign,
+    SignLmo,
+    SpectralLmo,
     Subspace,
 )
 from guided_descent.parts.layerwise import LarsRatio, Normalize, NormalizeEach, NormMoments, TrustRatio
 from guided_descent.parts.mask import Cautious, GradientSigns
 from guided_descent.parts.memory import AdanMoments, AdoptMoments, CorrectedGradient, ProximalDecay, TwoMomenta
+from guided_descent.parts.multiplicative import RULES, BoundedRatio, Exponential, HAbs, MAbs, MSpow
 from guided_descent.parts.rows import Rows
 from guided_descent.parts.scale import SCALES, InverseTime, MatrixScale
 from guided_descent.parts.slow import Slow
-from guided_descent.parts.step import Descend, Displace, writable
+from guided_descent.parts.sphere import SphereStep
+from guided_descent.parts.step import Descend, Displace, StepRule, writable
 
 __all__ = [
     "ALL_DECAYS",
@@ -50,6 +57,7 @@ __all__ = [
     "L2",
     "NS_DTYPES",
     "ORDER",
+    "RULES",
     "SCALES",
     "AdafactorRoot",
     "AdamMoments",
@@ -58,6 +66,7 @@ __all__ = [
     "AngleMoments",
     "Batch",
     "BeliefMoments",
+    "BoundedRatio",
     "CameRoot",
     "Cautious",
     "CautiousDecay",
@@ -71,14 +80,21 @@ __all__ = [
     "Displace",
     "Eigenbasis",
     "Ema",
+    "Exponential",
     "Found",
+    "FrankWolfe",
     "FullRankSubspace",
     "GradientSigns",
     "GrowthLimit",
+    "HAbs",
     "Hyper",
     "InverseTime",
     "LarsRatio",
+    "LineLmo",
     "LionMomentum",
+    "Lmo",
+    "MAbs",
+    "MSpow",
     "MatrixScale",
     "MaximumMoments",
     "Moments",
@@ -97,14 +113,19 @@ __all__ = [
     "QuotientMomentum",
     "RectifiedMoments",
     "RelativeStep",
+    "RmsLmo",
     "RootRatio",
     "Rows",
     "Sign",
+    "SignLmo",
     "Slot",
     "Slow",
+    "SpectralLmo",
+    "SphereStep",
     "SquareAverage",
     "SquareSum",
     "State",
+    "StepRule",
     "Subspace",
     "Task",
     "TrustRatio",

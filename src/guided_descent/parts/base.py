@@ -317,6 +317,14 @@ class Part:
         """State it keeps for a block, by slot name."""
         return {}
 
+    def takes(self, block: Block) -> bool:
+        """Whether it joins the parts of this block, where the user adds it to a recipe with ``add=``."""
+        return True
+
+    def among(self, parts: tuple[Part, ...]) -> tuple[Part, ...]:
+        """What it leaves of the parts that it is added to: all, unless it takes the place of some."""
+        return parts
+
     def begin(self, s: State, h: Hyper, step: int) -> None:
         """Advance scalar state, once for each block and step, before ``update`` sees any cut of its tensors."""
 
@@ -470,8 +478,11 @@ class Parts:
         return f"Parts({', '.join(map(repr, self._parts))})"
 
     def __add__(self, others: tuple[Part, ...]) -> Parts:
-        """The same parts with others added, each in its slot."""
-        return Parts(*self._parts, *others)
+        """The same parts with others added, each in its slot; a step rule takes the place of the step."""
+        kept = self._parts
+        for part in others:
+            kept = part.among(kept)
+        return Parts(*kept, *others)
 
     def keys(self) -> set[str]:
         """Every group key that they read."""

@@ -98,6 +98,27 @@ class CautiousDecay(Decoupled):
         return 4.0 * block.numel
 
 
+@dataclass(frozen=True)
+class FrankWolfe(Part):
+    """The share of the old point in a step of Frank and Wolfe, ``p <- (1 - lr) p``.
+
+    With a step ``- lr rho lmo(u)`` after it, the new point is a mean of the old one and of one on the ball of radius
+    rho: a ball that has been entered is never left, for ``lr`` in [0, 1].
+    """
+
+    slot: ClassVar[str] = "decay_before"
+    lr: str = "lr"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Group keys it reads."""
+        return (self.lr,)
+
+    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """Shrink the parameters."""
+        writable(x).mul_(1 - h[self.lr])
+
+
 #: The kinds of decay beside the direction, by the names that recipes give them.
 DECAYS: dict[str, Part] = {
     "decoupled": Decoupled(),

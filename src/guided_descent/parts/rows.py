@@ -149,6 +149,14 @@ class Rows:
         """``a <- sign(a)``, with sign(0) = 0."""
         return self._unary(Tensor.sign_, torch._foreach_sign_)
 
+    def tanh_(self) -> Rows:
+        """``a <- tanh(a)``."""
+        return self._unary(Tensor.tanh_, torch._foreach_tanh_)
+
+    def expm1_(self) -> Rows:
+        """``a <- exp(a) - 1``, exact where a is small."""
+        return self._unary(Tensor.expm1_, torch._foreach_expm1_)
+
     def positive_(self) -> Rows:
         """``a <- [a > 0]``, 1 or 0."""
         return self.apply_(lambda row: row.gt_(0))

@@ -8,7 +8,9 @@ from guided_descent.recipes.kfac import EKFAC, FOOF, KFAC
 from guided_descent.recipes.layerwise import CLARS, LAMB, LARS, NormalizedSGD, NovoGrad
 from guided_descent.recipes.lowrank import APOLLO, APOLLOMini, Fira, GaLore
 from guided_descent.recipes.memory import ADOPT, MARS, Adan, AdEMAMix
+from guided_descent.recipes.multiplicative import Madam, Multiplicative, MultiplicativeAdam, MultiplicativeSGD
 from guided_descent.recipes.muon import Muon
+from guided_descent.recipes.norms import Hyperball, Modula, Scion
 from guided_descent.recipes.psgd import PSGDDiagonal, PSGDKron, PSGDLowRank
 from guided_descent.recipes.sgd import SGD
 from guided_descent.recipes.shampoo import ASGO, KLSOAP, ECShampoo, KLShampoo, Shampoo
@@ -57,11 +59,17 @@ __all__ = [
     "Fira",
     "GaLore",
     "Grams",
+    "Hyperball",
     "Info",
     "KLShampoo",
     "LaProp",
     "Lion",
+    "Madam",
+    "Modula",
     "Moonlight",
+    "Multiplicative",
+    "MultiplicativeAdam",
+    "MultiplicativeSGD",
     "Muon",
     "MuonClip",
     "NAdam",
@@ -76,6 +84,7 @@ __all__ = [
     "RMSprop",
     "Recipe",
     "SPlus",
+    "Scion",
     "Shampoo",
     "SignSGD",
     "Signum",

@@ -167,6 +167,55 @@ def one_minus_sqrt(steps: int, *, floor: float = 0.0) -> Curve:
     return Segment("one_minus_sqrt", _one_minus_sqrt, steps, floor)
 
 
+@dataclass(frozen=True)
+class Powers(Curve):
+    """Powers of a ratio, see ``powers``; it has no end."""
+
+    ratio: float
+    every: int = 1
+    patience: int = 0
+    rising: bool = False
+
+    length = None
+
+    def __post_init__(self) -> None:
+        check_steps("every", self.every)
+        if isinstance(self.patience, bool) or not isinstance(self.patience, int) or self.patience < 0:
+            raise ValueError(f"patience={self.patience!r}: must be a number of optimizer steps, 0 or more")
+        if not 0 <= self.ratio <= 1:
+            raise ValueError(f"ratio={self.ratio!r}: must lie in [0, 1]")
+
+    def factor(self, step: int) -> float:
+        """Return the power of this step, or what comes before the first."""
+        power = max(0, 1 + (step - self.patience) // self.every)
+        return 1 - (1 - self.ratio) ** power if self.rising else self.ratio**power
+
+    def __repr__(self) -> str:
+        more = f"{f', patience={self.patience}' if self.patience else ''}{', rising=True' if self.rising else ''}"
+        return f"powers({self.ratio:g}, every={self.every}{more})"
+
+
+def powers(ratio: float, *, every: int = 1, patience: int = 0, rising: bool = False) -> Curve:
+    """Fall as f(t) = ratio^k with k = 1 + (t - patience) // every, or rise as 1 - (1 - ratio)^k; k = 0 before patience.
+
+    Args:
+        ratio: in [0, 1].
+        every: optimizer steps between two powers, such as those of an epoch.
+        patience: optimizer steps before the first power, in which f is 1, or 0 where it rises.
+        rising: rise to 1 and not fall from it.
+
+    Raises:
+        ValueError: a number out of range.
+
+    Source: the schedules of gamma in Kirtas, Passalis and Tefas 2023, arXiv:2307.07189.
+
+    Example:
+        >>> [powers(0.5, every=2)(t) for t in range(5)], powers(0.5, patience=1, rising=True)(2)
+        ([0.5, 0.5, 0.25, 0.25, 0.125], 0.75)
+    """
+    return Powers(ratio, every, patience, rising)
+
+
 def check_steps(name: str, value: int) -> int:
     """Return ``value`` if it is a positive number of steps.
 

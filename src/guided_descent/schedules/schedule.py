@@ -19,6 +19,9 @@ _STATE_KEYS = {"steps", "factor", "curve"}
 class Schedule(LRScheduler):
     """Set ``group["lr"] = group["initial_lr"] * curve(t)`` in every group, t being the accepted optimizer steps.
 
+    With ``key`` another number of the groups that have it is driven in the same way, such as ``gamma`` of the
+    multiplicative methods, or ``momentum``; one schedule for each key.
+
     ``t`` is read from ``optimizer.steps`` at every call, so extra calls (Accelerate makes one per process), skipped
     steps (non-finite gradients, GradScaler) and resuming cannot put the schedule out of step. An optimizer without
     that attribute, such as those of ``torch.optim``, is counted by calls of ``step()``, as torch's schedulers do.
@@ -32,9 +35,11 @@ class Schedule(LRScheduler):
     Args:
         optimizer: the optimizer, or a wrapper that holds it as ``.optimizer``.
         curve: factor by step, such as ``curves.warmup(100) >> curves.cosine(900)``.
+        key: the number to drive; the learning rate by default.
 
     Raises:
         TypeError: ``optimizer`` is no torch Optimizer, or ``curve`` no Curve.
+        ValueError: no group has this key.
 
     Example:
         >>> opt = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1.0)
@@ -50,7 +55,7 @@ class Schedule(LRScheduler):
         >>> sched.finish()
     """
 
-    def __init__(self, optimizer: Optimizer, curve: Curve) -> None:
+    def __init__(self, optimizer: Optimizer, curve: Curve, *, key: str = "lr") -> None:
         # LRScheduler.__init__ is left out on purpose. It replaces optimizer.step to count calls, which fails on a
         # compiled step, and keeps a position of its own, which is what falls out of step.
         if not isinstance(optimizer, Optimizer):
@@ -59,10 +64,14 @@ class Schedule(LRScheduler):
             raise TypeError(
                 f"curve is a {type(curve).__name__}; pass a Curve such as curves.warmup(100) >> curves.cosine(900)"
             )
+        if not any(key in group for group in optimizer.param_groups):
+            valid = dict.fromkeys(name for group in optimizer.param_groups for name in group)
+            raise ValueError(f"key={key!r} is in no param group; they have {', '.join(valid)}")
         # No attribute may be called total_steps: Accelerate stops calling step() on a scheduler that has one as soon
         # as the number of calls exceeds it, and it calls once per process.
         self.optimizer = optimizer
         self.curve = curve
+        self.key = key
         self._step_count = 0  # calls of step(); Accelerate writes to it
         self._counted = 0  # the position, where the optimizer does not know it
         self._warned = False
@@ -107,9 +116,9 @@ class Schedule(LRScheduler):
             )
 
     def get_lr(self) -> list[float | Tensor]:
-        """Return the learning rate of each group at the current position, as new floats or tensors."""
+        """Return the learning rate (or ``key``) of each group at the current position, as new floats or tensors."""
         factor = self.curve(self.steps)
-        return [group["initial_lr"] * factor for group in self._groups()]
+        return [group[self._peak] * factor for group in self._groups()]
 
     def get_last_lr(self) -> list[float | Tensor]:
         """Return copies of the learning rates last set, one per group."""
@@ -155,18 +164,23 @@ class Schedule(LRScheduler):
     @property
     def base_lrs(self) -> list[float | Tensor]:  # type: ignore[override]  # kept in one place: the groups
         """Copies of the peak learning rate, one per group."""
-        return [_copy(group["initial_lr"]) for group in self._groups()]
+        return [_copy(group[self._peak]) for group in self._groups()]
+
+    @property
+    def _peak(self) -> str:
+        return f"initial_{self.key}"
 
     def _groups(self) -> list[dict[str, Any]]:
-        """The parameter groups, each with its peak under ``initial_lr``."""
-        groups = self.optimizer.param_groups
+        """The parameter groups that have the key, each with its peak under ``initial_lr``, or what the key is."""
+        key, peak = self.key, self._peak
+        groups = [group for group in self.optimizer.param_groups if key in group]
         for group in groups:
-            if "initial_lr" not in group:
+            if peak not in group:
                 # A tensor lr given once to the constructor is one tensor in all groups; a group added later then
                 # arrives with the value of the moment, and its peak is that of the groups it shares the tensor with.
-                lr = group["lr"]
-                peers = (g for g in groups if isinstance(lr, Tensor) and g["lr"] is lr and "initial_lr" in g)
-                group["initial_lr"] = _copy(next((g["initial_lr"] for g in peers), lr))
+                now = group[key]
+                peers = (g for g in groups if isinstance(now, Tensor) and g[key] is now and peak in g)
+                group[peak] = _copy(next((g[peak] for g in peers), now))
         return groups
 
     def _apply(self) -> None:
@@ -183,9 +197,9 @@ class Schedule(LRScheduler):
         factor = self.curve(steps)
         groups = self._groups()
         for group in groups:
-            _set_scaled(group, "lr", group["initial_lr"], factor)
+            _set_scaled(group, self.key, group[self._peak], factor)
         self.last_epoch = steps  # read by loggers
-        self._last_lr = [_copy(group["lr"]) for group in groups]
+        self._last_lr = [_copy(group[self.key]) for group in groups]
 
 
 def accepted_steps(optimizer: Optimizer) -> int | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from guided_descent.linalg.polar import polar
+from guided_descent.linalg.workspace import Workspace
 from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, Unit
 from guided_descent.routing.roles import Block
 
@@ -48,7 +49,11 @@ class Polar(Part):
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Replace each matrix of the direction by its polar factor; the length of the input does not matter."""
-        u = x.take().whole
+        self.orthogonalize(x.take().whole, h, x.work)
+        x.tick("orthogonalizations")
+
+    def orthogonalize(self, u: Tensor, h: Hyper, work: Workspace | None = None) -> None:
+        """Replace each matrix ``[..., m, n]`` by its polar factor, in place."""
         polar(
             u,
             coefficients=h[self.coefficients],
@@ -57,9 +62,8 @@ class Polar(Part):
             eps=h[self.eps],
             method=h[self.method],
             out=u,
-            work=x.work,
+            work=work,
         )
-        x.tick("orthogonalizations")
 
     def flops(self, block: Block) -> float:
         """At most five standard quintic steps: ``20 r^2 c + 10 r^3`` with r the smaller side."""
@@ -105,16 +109,17 @@ class Sign(Part):
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Take the signs."""
         u = x.read()
-        x.fresh().apply_(_sign, u)
+        x.fresh().apply_(sign_, u)
 
     def flops(self, block: Block) -> float:
         """Two per element."""
         return 2.0 * block.numel
 
 
-def _sign(row: Tensor, of: Tensor) -> None:
+def sign_(row: Tensor, of: Tensor | None = None) -> None:
+    """The signs of a tensor, or of another one, written into it."""
     tiny = torch.finfo(row.dtype).tiny  # a power of two
-    torch.clamp(of, -tiny, tiny, out=row).mul_(1 / tiny)
+    torch.clamp(row if of is None else of, -tiny, tiny, out=row).mul_(1 / tiny)
 
 
 @dataclass(frozen=True)
