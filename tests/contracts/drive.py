@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 import guided_descent as gd
 from guided_descent.build import RoutedOptimizer
-from guided_descent.parts import Exponential, MAbs
 from guided_descent.parts.base import Parts
 from guided_descent.recipes import REGISTRY, Recipe
 from guided_descent.routing.roles import Block, Piece, Role
