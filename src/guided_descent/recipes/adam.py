@@ -22,7 +22,14 @@ from guided_descent.recipes.base import Recipe, decay_kind, hyper, recipe, stati
 from guided_descent.routing.roles import Block
 
 
-@recipe("adamw", paper="Loshchilov and Hutter 2017, arXiv:1711.05101", family="adam")
+@recipe(
+    "adamw",
+    paper="Loshchilov and Hutter 2017, arXiv:1711.05101",
+    family="adam",
+    use="anything; the baseline of language models",
+    avoid="small memory, or matrices where muon or soap need fewer steps",
+    start="lr 3e-4 to 3e-3, betas (0.9, 0.95), decay 0.1, clip at 1 for language models",
+)
 @dataclass(frozen=True, kw_only=True)
 class AdamW(Recipe):
     """Adam with decoupled weight decay, as in torch.
@@ -42,7 +49,14 @@ class AdamW(Recipe):
         return Parts(AdamMoments(amsgrad=self.amsgrad), DECAYS[self.decay], Descend())
 
 
-@recipe("nadamw", paper="Dozat 2016; Loshchilov and Hutter 2017, arXiv:1711.05101", family="adam")
+@recipe(
+    "nadamw",
+    paper="Dozat 2016; Loshchilov and Hutter 2017, arXiv:1711.05101",
+    family="adam",
+    use="the baseline to beat: AdamW with Nesterov momentum, at no cost",
+    avoid="cases where torch's fused kernel for AdamW matters",
+    start="AdamW's numbers",
+)
 @dataclass(frozen=True, kw_only=True)
 class NAdamW(Recipe):
     """Adam with Nesterov momentum and decoupled weight decay: the baseline to beat.
@@ -81,7 +95,14 @@ class Quotient(Recipe):
         return Parts(ALL_DECAYS[self.decay], *self.moments(), Descend())
 
 
-@recipe("adam", paper="Kingma and Ba 2014, arXiv:1412.6980", family="adam")
+@recipe(
+    "adam",
+    paper="Kingma and Ba 2014, arXiv:1412.6980",
+    family="adam",
+    use="parity with published runs that couple the decay to the gradient, and runs without decay",
+    avoid="decay: use adamw",
+    start="lr 3e-4 to 1e-3",
+)
 @dataclass(frozen=True, kw_only=True)
 class Adam(Quotient):
     """Adam as in torch, its decay coupled to the gradient; for any decay worth having use adamw.
@@ -97,7 +118,13 @@ class Adam(Quotient):
         return (AdamMoments(amsgrad=self.amsgrad),)
 
 
-@recipe("amsgrad", paper="Reddi, Kale and Kumar 2018, arXiv:1904.09237", family="adam")
+@recipe(
+    "amsgrad",
+    paper="Reddi, Kale and Kumar 2018, arXiv:1904.09237",
+    family="adam",
+    use="convex problems where Adam's second moment forgets rare large gradients",
+    avoid="deep networks in general: it rarely gains anything there",
+)
 @dataclass(frozen=True, kw_only=True)
 class AMSGrad(Quotient):
     """Adam that divides by the largest second moment so far, as in torch, so that no step grows when gradients fade.
@@ -112,7 +139,13 @@ class AMSGrad(Quotient):
         return (AdamMoments(amsgrad=True),)
 
 
-@recipe("nadam", paper="Dozat 2016", family="adam")
+@recipe(
+    "nadam",
+    paper="Dozat 2016",
+    family="adam",
+    use="parity with torch's NAdam with coupled decay",
+    avoid="decay: use nadamw",
+)
 @dataclass(frozen=True, kw_only=True)
 class NAdam(Quotient):
     """Adam with Nesterov momentum, as in torch, its decay coupled to the gradient.
@@ -129,7 +162,14 @@ class NAdam(Quotient):
         return (NadamMoments(),)
 
 
-@recipe("adabelief", paper="Zhuang et al. 2020, arXiv:2010.07468", family="adam")
+@recipe(
+    "adabelief",
+    paper="Zhuang et al. 2020, arXiv:2010.07468",
+    family="adam",
+    use="GANs and small vision runs, where it was found to help",
+    avoid="low precision: its second moment is a small difference",
+    start="eps 1e-16 in float32, 1e-8 in transformers",
+)
 @dataclass(frozen=True, kw_only=True)
 class AdaBelief(Quotient):
     """Adam that divides by how far gradients are from their average: long steps where they agree.
@@ -144,7 +184,14 @@ class AdaBelief(Quotient):
         return (BeliefMoments(),)
 
 
-@recipe("yogi", paper="Zaheer et al. 2018, NeurIPS", family="adam")
+@recipe(
+    "yogi",
+    paper="Zaheer et al. 2018, NeurIPS",
+    family="adam",
+    use="gradients that come rarely: v grows and shrinks slowly",
+    avoid="short runs",
+    start="lr 1e-2, eps 1e-3",
+)
 @dataclass(frozen=True, kw_only=True)
 class Yogi(Quotient):
     """Adam with a second moment that rises and falls slowly, so that a run of small gradients makes no large steps.
@@ -166,7 +213,14 @@ class Yogi(Quotient):
         return (YogiMoments(start=self.initial_accumulator),)
 
 
-@recipe("laprop", paper="Ziyin, Wang and Ueda 2020, arXiv:2002.04839", family="adam")
+@recipe(
+    "laprop",
+    paper="Ziyin, Wang and Ueda 2020, arXiv:2002.04839",
+    family="adam",
+    use="betas far apart, such as a small second memory with a large first one",
+    avoid="settings copied from Adam with bias towards its eps",
+    start="AdamW's numbers",
+)
 @dataclass(frozen=True, kw_only=True)
 class LaProp(Quotient):
     """Momentum of normalised gradients: no momentum, however long, can outgrow its divisor.
@@ -182,7 +236,14 @@ class LaProp(Quotient):
         return (QuotientMomentum(),)
 
 
-@recipe("adam_atan2", paper="Everett et al. 2024, arXiv:2407.05872", family="adam")
+@recipe(
+    "adam_atan2",
+    paper="Everett et al. 2024, arXiv:2407.05872",
+    family="adam",
+    use="training without an eps to choose, invariant to the scale of the loss",
+    avoid="parity with AdamW's runs: steps are a little shorter",
+    start="AdamW's numbers",
+)
 @dataclass(frozen=True, kw_only=True)
 class AdamAtan2(Recipe):
     """Adam with an angle in the place of the division: no eps, and the same steps at every scale of the gradient.
@@ -202,7 +263,14 @@ class AdamAtan2(Recipe):
         return Parts(AngleMoments(), DECAYS[self.decay], Descend())
 
 
-@recipe("grams", paper="Cao, Li and Song 2024, arXiv:2412.17107", family="adam")
+@recipe(
+    "grams",
+    paper="Cao, Li and Song 2024, arXiv:2412.17107",
+    family="adam",
+    use="a trial of sign-corrected momentum on a tuned AdamW",
+    avoid="noisy small batches, whose signs are noise",
+    start="AdamW's numbers",
+)
 @dataclass(frozen=True, kw_only=True)
 class Grams(Quotient):
     """The sizes of Adam's steps with the signs of the gradient: the momentum decides how far, never which way.

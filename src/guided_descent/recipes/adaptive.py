@@ -24,7 +24,14 @@ from guided_descent.routing.roles import Block
 FORMS = ("torch", "tensorflow")
 
 
-@recipe("adagrad", paper="Duchi, Hazan and Singer 2011, JMLR 12", family="adaptive")
+@recipe(
+    "adagrad",
+    paper="Duchi, Hazan and Singer 2011, JMLR 12",
+    family="adaptive",
+    use="sparse features and convex problems",
+    avoid="long runs of deep networks: the step only shrinks",
+    start="lr 0.01",
+)
 @dataclass(frozen=True, kw_only=True)
 class Adagrad(Recipe):
     """Divide by the root of the sum of all squares, as in torch.
@@ -52,7 +59,14 @@ class Adagrad(Recipe):
         return Parts(ALL_DECAYS[self.decay], SquareSum(start=self.initial_accumulator_value), InverseTime(), Descend())
 
 
-@recipe("rmsprop", paper="Tieleman and Hinton 2012; Graves 2013, arXiv:1308.0850", family="adaptive")
+@recipe(
+    "rmsprop",
+    paper="Tieleman and Hinton 2012; Graves 2013, arXiv:1308.0850",
+    family="adaptive",
+    use="recurrent networks and reinforcement learning, after published settings",
+    avoid="new work: AdamW has its idea and a correction of the bias",
+    start="lr 1e-3, alpha 0.99",
+)
 @dataclass(frozen=True, kw_only=True)
 class RMSprop(Recipe):
     """Divide by the root of an average of the squares, then momentum, as in torch.
@@ -82,7 +96,13 @@ class RMSprop(Recipe):
         return Parts(ALL_DECAYS[self.decay], average, Momentum(dampening="").at("momentum"), Descend())
 
 
-@recipe("adadelta", paper="Zeiler 2012, arXiv:1212.5701", family="adaptive")
+@recipe(
+    "adadelta",
+    paper="Zeiler 2012, arXiv:1212.5701",
+    family="adaptive",
+    use="published settings that name it",
+    avoid="new work: its first steps are set by eps and not by lr",
+)
 @dataclass(frozen=True, kw_only=True)
 class Adadelta(Recipe):
     """Steps in units of the parameter, by the ratio of two root mean squares, as in torch.
@@ -102,7 +122,14 @@ class Adadelta(Recipe):
         return Parts(ALL_DECAYS[self.decay], RootRatio(), Descend())
 
 
-@recipe("adamax", paper="Kingma and Ba 2014, arXiv:1412.6980", family="adaptive")
+@recipe(
+    "adamax",
+    paper="Kingma and Ba 2014, arXiv:1412.6980",
+    family="adaptive",
+    use="embeddings with rare large gradients, after published settings",
+    avoid="new work",
+    start="lr 2e-3",
+)
 @dataclass(frozen=True, kw_only=True)
 class Adamax(Recipe):
     """Adam with a fading maximum in the place of the second moment, as in torch.
@@ -121,7 +148,14 @@ class Adamax(Recipe):
         return Parts(ALL_DECAYS[self.decay], MaximumMoments(), Descend())
 
 
-@recipe("radam", paper="Liu et al. 2019, arXiv:1908.03265", family="adam")
+@recipe(
+    "radam",
+    paper="Liu et al. 2019, arXiv:1908.03265",
+    family="adam",
+    use="runs without a warmup",
+    avoid="runs that have one: it is then AdamW",
+    start="AdamW's numbers without warmup",
+)
 @dataclass(frozen=True, kw_only=True)
 class RAdam(Recipe):
     """Adam that warms itself up: its step grows with what the second moment rests on, as in torch.

@@ -109,6 +109,9 @@ class Info:
         paper: Authors, year and arXiv id.
         family: A heading for lists.
         summary: One line.
+        use: What it is good for.
+        avoid: When another one is better.
+        start: Values to start from, where they are not the defaults; empty where they are.
     """
 
     key: str
@@ -116,19 +119,25 @@ class Info:
     paper: str
     family: str
     summary: str
+    use: str = ""
+    avoid: str = ""
+    start: str = ""
 
 
 REGISTRY: dict[str, Info] = {}
 
 
-def recipe(key: str, *, paper: str, family: str) -> Callable[[type[R]], type[R]]:
-    """Register a recipe class under its key."""
+def recipe(
+    key: str, *, paper: str, family: str, use: str = "", avoid: str = "", start: str = ""
+) -> Callable[[type[R]], type[R]]:
+    """Register a recipe class under its key; see ``Info``."""
 
     def register(cls: type[R]) -> type[R]:
         if key in REGISTRY:
             raise ValueError(f"recipe {key!r} is registered twice, by {REGISTRY[key].cls.__name__} and {cls.__name__}")
         cls.key = key
-        REGISTRY[key] = Info(key, cls, paper, family, (cls.__doc__ or "").strip().split("\n")[0])
+        summary = (cls.__doc__ or "").strip().split("\n")[0]
+        REGISTRY[key] = Info(key, cls, paper, family, summary, use, avoid, start)
         return cls
 
     return register

@@ -47,7 +47,14 @@ class Factoring(Recipe):
         return self.factored_axes == "last"
 
 
-@recipe("adafactor", paper="Shazeer and Stern 2018, arXiv:1804.04235", family="factored")
+@recipe(
+    "adafactor",
+    paper="Shazeer and Stern 2018, arXiv:1804.04235",
+    family="factored",
+    use="large models whose optimizer state must not cost memory",
+    avoid="the best loss at equal steps, unless beta1 is on",
+    start="external schedule: relative_step off, scale_parameter off, lr as AdamW",
+)
 @dataclass(frozen=True, kw_only=True)
 class Adafactor(Factoring):
     """Adafactor: divide by a second moment of rank one, in steps relative to the size of the parameter.
@@ -85,7 +92,14 @@ class Adafactor(Factoring):
         )
 
 
-@recipe("came", paper="Luo et al. 2023, arXiv:2307.02047", family="factored")
+@recipe(
+    "came",
+    paper="Luo et al. 2023, arXiv:2307.02047",
+    family="factored",
+    use="fine-tuning large language models with less memory than Adam and its stability",
+    avoid="memory as short as Adafactor's: it has a full first moment",
+    start="lr 2e-4, no schedule trick needed",
+)
 @dataclass(frozen=True, kw_only=True)
 class CAME(Factoring):
     """CAME: Adafactor's quotient, averaged, and divided by how much it has been straying from that average.
@@ -118,7 +132,14 @@ class CAME(Factoring):
         )
 
 
-@recipe("sm3", paper="Anil et al. 2019, arXiv:1901.11150", family="factored")
+@recipe(
+    "sm3",
+    paper="Anil et al. 2019, arXiv:1901.11150",
+    family="factored",
+    use="embeddings and sparse gradients with almost no state",
+    avoid="long runs: like Adagrad its steps only shrink",
+    start="lr 0.1 with a warmup",
+)
 @dataclass(frozen=True, kw_only=True)
 class SM3(Recipe):
     """SM3: Adagrad with one number for each row and each column, which bounds the sums of squares from above.
@@ -143,7 +164,14 @@ class SM3(Recipe):
         return Parts(quotient, *momentum, DECAYS[self.decay], Descend())
 
 
-@recipe("adam_mini", paper="Zhang et al. 2024, arXiv:2406.16793", family="factored")
+@recipe(
+    "adam_mini",
+    paper="Zhang et al. 2024, arXiv:2406.16793",
+    family="factored",
+    use="AdamW's runs at half of its state",
+    avoid="models whose heads are unknown to the routing: rows are then the blocks",
+    start="AdamW's numbers",
+)
 @dataclass(frozen=True, kw_only=True)
 class AdamMini(Recipe):
     """Adam-mini: AdamW with one second moment for each row of a map, each head of queries and keys, each token.

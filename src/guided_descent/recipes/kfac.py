@@ -34,6 +34,9 @@ STEPS = ("momentum", "quadratic", "quadratic_factored")
     "kfac",
     paper="Martens and Grosse 2015, arXiv:1503.05671; Eschenhagen et al. 2023, arXiv:2311.00636",
     family="curvature",
+    use="classifiers, regressions and autoencoders, in a third of the steps",
+    avoid="layers that cannot be read, and compiled models whose step must not leave the graph",
+    start="lr 0.03 to 0.1, damping 1e-3 to 1e-1, momentum 0.9",
 )
 @dataclass(frozen=True, kw_only=True)
 class KFAC(Recipe):
@@ -134,7 +137,14 @@ class KFAC(Recipe):
         return Parts(*parts)
 
 
-@recipe("ekfac", paper="George et al. 2018, arXiv:1806.03884", family="curvature")
+@recipe(
+    "ekfac",
+    paper="George et al. 2018, arXiv:1806.03884",
+    family="curvature",
+    use="kfac whose eigenvalues are kept fresh",
+    avoid="memory: one more matrix",
+    start="kfac's numbers",
+)
 @dataclass(frozen=True, kw_only=True)
 class EKFAC(KFAC):
     """EKFAC: K-FAC whose eigenvalues are the second moments of per-sample gradients in its eigenbases.
@@ -157,7 +167,14 @@ class EKFAC(KFAC):
         return Ekfac(sides=self.sides, rule=self.damping_rule, max_dim=self.max_dim)
 
 
-@recipe("foof", paper="Benzing 2022, arXiv:2201.12250", family="curvature")
+@recipe(
+    "foof",
+    paper="Benzing 2022, arXiv:2201.12250",
+    family="curvature",
+    use="kfac's right side alone: inputs decide, no labels are sampled",
+    avoid="narrow inputs and wide outputs",
+    start="kfac's numbers, larger damping",
+)
 @dataclass(frozen=True, kw_only=True)
 class FOOF(KFAC):
     """FOOF: the gradient of each layer times the inverse second moment of its inputs, ``G (A + lam I)^-1``.

@@ -41,7 +41,14 @@ def _adapts(block: Block, adapt: str) -> bool:
     return adapt == "all" or len(block.shape) > 1
 
 
-@recipe("lars", paper="You, Gitman and Ginsburg 2017, arXiv:1708.03888", family="layerwise")
+@recipe(
+    "lars",
+    paper="You, Gitman and Ginsburg 2017, arXiv:1708.03888",
+    family="layerwise",
+    use="convolutional networks at batches of thousands",
+    avoid="batches below a thousand, and transformers",
+    start="trust_coefficient 1e-3, momentum 0.9, polynomial decay, a warmup",
+)
 @dataclass(frozen=True, kw_only=True)
 class LARS(Recipe):
     """SGD with a rate for each tensor in proportion to its norm over that of its gradient, for large batches.
@@ -70,7 +77,14 @@ class LARS(Recipe):
         return Parts(ratio, *momentum, Descend())
 
 
-@recipe("clars", paper="Huo, Gu and Huang 2020, arXiv:2002.01576 (exact rule unverified)", family="layerwise")
+@recipe(
+    "clars",
+    paper="Huo, Gu and Huang 2020, arXiv:2002.01576 (exact rule unverified)",
+    family="layerwise",
+    use="large batches without a warmup, and a look at how far samples agree",
+    avoid="compiled models, and layers that cannot be read: its hooks run in every step",
+    start="the large-batch lr of LARS, no warmup",
+)
 @dataclass(frozen=True, kw_only=True)
 class CLARS(Recipe):
     """LARS that looks at the gradient of every sample, so that large batches need no warmup.
@@ -109,7 +123,14 @@ class CLARS(Recipe):
         return Parts(ClarsRatio(), *momentum, Descend())
 
 
-@recipe("lamb", paper="You et al. 2019, arXiv:1904.00962", family="layerwise")
+@recipe(
+    "lamb",
+    paper="You et al. 2019, arXiv:1904.00962",
+    family="layerwise",
+    use="transformers at batches of tens of thousands",
+    avoid="ordinary batches: adamw is simpler",
+    start="lr by the square root of the batch, a warmup",
+)
 @dataclass(frozen=True, kw_only=True)
 class LAMB(Recipe):
     """Adam's direction with decay in it, at the length of the tensor that it moves, for large batches.
@@ -132,7 +153,14 @@ class LAMB(Recipe):
         return Parts(AdamMoments(), L2().at("decay_direction"), *ratio, Descend())
 
 
-@recipe("novograd", paper="Ginsburg et al. 2019, arXiv:1905.11286", family="layerwise")
+@recipe(
+    "novograd",
+    paper="Ginsburg et al. 2019, arXiv:1905.11286",
+    family="layerwise",
+    use="speech and vision with one number of second moment for each layer",
+    avoid="embeddings, whose rows differ in scale",
+    start="lr 0.01, betas (0.95, 0.98)",
+)
 @dataclass(frozen=True, kw_only=True)
 class NovoGrad(Recipe):
     """Momentum of gradients over the averaged norm of their tensor: one number of second moment for each tensor.
@@ -151,7 +179,13 @@ class NovoGrad(Recipe):
         return Parts(NormMoments(), Descend())
 
 
-@recipe("normalized_sgd", paper="Cutkosky and Mehta 2020, arXiv:2002.03305", family="sgd")
+@recipe(
+    "normalized_sgd",
+    paper="Cutkosky and Mehta 2020, arXiv:2002.03305",
+    family="sgd",
+    use="steps of a length that you choose, under heavy-tailed noise",
+    avoid="the end of training without a decaying schedule: the step never shrinks",
+)
 @dataclass(frozen=True, kw_only=True)
 class NormalizedSGD(Recipe):
     """Steps of a fixed length along the momentum: ``p <- p (1 - lr wd) - lr m / ||m||``, ``m`` an average of ``g``.

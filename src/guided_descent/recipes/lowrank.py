@@ -58,7 +58,14 @@ class LowRankRecipe(Recipe):
         return Parts(*parts, decay, Descend())
 
 
-@recipe("galore", paper="Zhao et al. 2024, arXiv:2403.03507", family="low_rank")
+@recipe(
+    "galore",
+    paper="Zhao et al. 2024, arXiv:2403.03507",
+    family="low_rank",
+    use="pre-training with Adam's state on a subspace",
+    avoid="layers with small sides, and few steps: subspaces change each 200",
+    start="lr 0.01, scale 0.25, rank a quarter of the side",
+)
 @dataclass(frozen=True, kw_only=True)
 class GaLore(LowRankRecipe):
     """GaLore: Adam in the subspace of the leading singular vectors of a recent gradient.
@@ -79,7 +86,14 @@ class GaLore(LowRankRecipe):
         return self.finish(Subspace(rank=self.rank, side=self.proj_type))
 
 
-@recipe("fira", paper="Chen et al. 2024, arXiv:2410.01623", family="low_rank")
+@recipe(
+    "fira",
+    paper="Chen et al. 2024, arXiv:2410.01623",
+    family="low_rank",
+    use="GaLore's memory with updates of full rank",
+    avoid="the reasons against galore hold",
+    start="GaLore's numbers",
+)
 @dataclass(frozen=True, kw_only=True)
 class Fira(GaLore):
     """Fira: GaLore, and the part of the gradient outside the subspace at the lengths that Adam gives inside.
@@ -97,7 +111,14 @@ class Fira(GaLore):
         return self.finish(FullRankSubspace(rank=self.rank, side=self.proj_type))
 
 
-@recipe("apollo", paper="Zhu et al. 2024, arXiv:2412.05270", family="low_rank")
+@recipe(
+    "apollo",
+    paper="Zhu et al. 2024, arXiv:2412.05270",
+    family="low_rank",
+    use="SGD-like memory near AdamW's loss on language models",
+    avoid="matrices that are small: rank and projection do not pay",
+    start="AdamW's lr times 10, rank a quarter of the side",
+)
 @dataclass(frozen=True, kw_only=True)
 class APOLLO(LowRankRecipe):
     """APOLLO: SGD with a rate for each channel, as Adam would choose it by a random projection of the gradient.
@@ -119,7 +140,14 @@ class APOLLO(LowRankRecipe):
         return self.finish(ProjectedScale(rank=self.rank, side=self.proj_type, channel=channel), GrowthLimit())
 
 
-@recipe("apollo_mini", paper="Zhu et al. 2024, arXiv:2412.05270", family="low_rank")
+@recipe(
+    "apollo_mini",
+    paper="Zhu et al. 2024, arXiv:2412.05270",
+    family="low_rank",
+    use="the least state that still scales gradients by channel",
+    avoid="quality that must match apollo's",
+    start="lr 0.01",
+)
 @dataclass(frozen=True, kw_only=True)
 class APOLLOMini(APOLLO):
     """APOLLO of rank one with one rate for a matrix: next to no state, and steps like Adam's.

@@ -21,7 +21,14 @@ from guided_descent.recipes.base import Recipe, decay_kind, hyper, recipe
 from guided_descent.routing.roles import Block
 
 
-@recipe("adopt", paper="Taniguchi et al. 2024, arXiv:2411.02853", family="adam")
+@recipe(
+    "adopt",
+    paper="Taniguchi et al. 2024, arXiv:2411.02853",
+    family="adam",
+    use="small batches or a large second memory, where Adam can diverge",
+    avoid="runs of a few hundred steps: its moment starts late",
+    start="lr 1e-3, decay 0.1",
+)
 @dataclass(frozen=True, kw_only=True)
 class ADOPT(Recipe):
     """Adam that divides by the moment of the steps before, so that it converges for any ``betas[1]``.
@@ -42,7 +49,14 @@ class ADOPT(Recipe):
         return Parts(ALL_DECAYS[self.decay], AdoptMoments(), Descend())
 
 
-@recipe("ademamix", paper="Pagliardini, Ablin and Grangier 2024, arXiv:2409.03137", family="adam")
+@recipe(
+    "ademamix",
+    paper="Pagliardini, Ablin and Grangier 2024, arXiv:2409.03137",
+    family="adam",
+    use="long language-model runs, where gradients of ten thousand steps ago help",
+    avoid="runs shorter than its slow memory",
+    start="alpha 5 to 8, alpha_warmup the length of the run",
+)
 @dataclass(frozen=True, kw_only=True)
 class AdEMAMix(Recipe):
     """Adam with a second, slow momentum beside the first: old gradients stay useful for ten thousand steps.
@@ -66,7 +80,14 @@ class AdEMAMix(Recipe):
         return Parts(TwoMomenta(), DECAYS[self.decay], Descend())
 
 
-@recipe("adan", paper="Xie et al. 2022, arXiv:2208.06677", family="adam")
+@recipe(
+    "adan",
+    paper="Xie et al. 2022, arXiv:2208.06677",
+    family="adam",
+    use="vision transformers and large batches",
+    avoid="short memory: four tensors for each parameter",
+    start="lr 1e-3, decay 0.02",
+)
 @dataclass(frozen=True, kw_only=True)
 class Adan(Recipe):
     """Adam with Nesterov momentum made of the differences of gradients.
@@ -89,7 +110,14 @@ class Adan(Recipe):
         return Parts(AdanMoments(), decay, Descend())
 
 
-@recipe("mars", paper="Yuan et al. 2024, arXiv:2411.10438", family="adam")
+@recipe(
+    "mars",
+    paper="Yuan et al. 2024, arXiv:2411.10438",
+    family="adam",
+    use="language models at large batches, with lower variance at AdamW's cost",
+    avoid="small memory: the last gradient is kept",
+    start="lr 3e-3, betas (0.95, 0.99), gamma 0.025",
+)
 @dataclass(frozen=True, kw_only=True)
 class MARS(Recipe):
     """AdamW on gradients with less variance, by the change since the last step.

@@ -44,7 +44,13 @@ class Multiplicative(Recipe):
         return super().parts(block) + step
 
 
-@recipe("multiplicative_sgd", paper="Kirtas, Passalis and Tefas 2023, arXiv:2307.07189", family="multiplicative")
+@recipe(
+    "multiplicative_sgd",
+    paper="Kirtas, Passalis and Tefas 2023, arXiv:2307.07189",
+    family="multiplicative",
+    use="studies of multiplicative steps, sparse solutions",
+    avoid="zero-initialised layers under a pure rule",
+)
 @dataclass(frozen=True, kw_only=True)
 class MultiplicativeSGD(Multiplicative, SGD):
     """SGD whose steps are shares of the weights, so that the scale of the initialisation matters little.
@@ -56,7 +62,13 @@ class MultiplicativeSGD(Multiplicative, SGD):
     """
 
 
-@recipe("multiplicative_adam", paper="Kirtas, Passalis and Tefas 2023, arXiv:2307.07189", family="multiplicative")
+@recipe(
+    "multiplicative_adam",
+    paper="Kirtas, Passalis and Tefas 2023, arXiv:2307.07189",
+    family="multiplicative",
+    use="studies of multiplicative steps with Adam's direction",
+    avoid="zero-initialised layers under a pure rule",
+)
 @dataclass(frozen=True, kw_only=True)
 class MultiplicativeAdam(Multiplicative, Adam):
     """Adam whose steps are shares of the weights, so that the scale of the initialisation matters little.
@@ -66,7 +78,14 @@ class MultiplicativeAdam(Multiplicative, Adam):
     """
 
 
-@recipe("madam", paper="Bernstein et al. 2020, arXiv:2006.14560", family="multiplicative")
+@recipe(
+    "madam",
+    paper="Bernstein et al. 2020, arXiv:2006.14560",
+    family="multiplicative",
+    use="weights in a logarithmic number format, rates that need no tuning",
+    avoid="weights that must change sign",
+    start="lr 0.01",
+)
 @dataclass(frozen=True, kw_only=True)
 class Madam(Recipe):
     """Weights multiplied by powers: a relative step of ``lr`` for each, whatever its size, that keeps its sign.

@@ -60,7 +60,14 @@ TABLES: dict[str, Lmo] = {"columns": LineLmo(lines="table"), "sign": SignLmo(pla
 BIASES: dict[str, Lmo] = {"rms": RmsLmo(), "sign": SignLmo(plain=True)}
 
 
-@recipe("scion", paper="Pethick et al. 2025, arXiv:2502.07529", family="norm")
+@recipe(
+    "scion",
+    paper="Pethick et al. 2025, arXiv:2502.07529",
+    family="norm",
+    use="language models whose numbers carry over from narrow to wide",
+    avoid="models whose roles the routing cannot tell",
+    start="lr 2^-12, momentum 0.9, radius 50 hidden and 3000 head",
+)
 @dataclass(frozen=True, kw_only=True)
 class Scion(Orthogonal):
     """Steps of one length in the norm that belongs to each layer, on a ball of that norm; carries over widths.
@@ -114,7 +121,14 @@ class Scion(Orthogonal):
         return Parts(Ema(), self.lmo(block), *pull, Descend())
 
 
-@recipe("modula", paper="Large et al. 2024, arXiv:2405.14813; Bernstein and Newhouse 2024, 2410.21265", family="norm")
+@recipe(
+    "modula",
+    paper="Large et al. 2024, arXiv:2405.14813; Bernstein and Newhouse 2024, 2410.21265",
+    family="norm",
+    use="rates that carry over in width and depth, from the structure of the model",
+    avoid="models that cannot be traced, unless a tree is declared",
+    start="lr 0.1",
+)
 @dataclass(frozen=True, kw_only=True)
 class Modula(Orthogonal):
     """Steepest descent in the modular norm: each weight moves by its share of one step of the whole network.
@@ -148,7 +162,14 @@ class Modula(Orthogonal):
         return Parts(direction, lmo, DECAYS[self.decay], Descend())
 
 
-@recipe("hyperball", paper="Wen et al. 2026, arXiv:2606.16899", family="norm")
+@recipe(
+    "hyperball",
+    paper="Wen et al. 2026, arXiv:2606.16899",
+    family="norm",
+    use="normalised networks, whose weights' norms do not matter",
+    avoid="layers whose scale is learnt by the weight itself",
+    start="lr 0.01 to 0.03",
+)
 @dataclass(frozen=True, kw_only=True)
 class Hyperball(Orthogonal):
     """Muon on a sphere: matrices keep the Frobenius norm with which they begin and turn by a fixed angle in each step.

@@ -51,7 +51,13 @@ class _Drawing(_Whitening):
     )
 
 
-@recipe("psgd_diagonal", paper="Li 2015, arXiv:1512.04202; 2024, arXiv:2402.11858", family="psgd")
+@recipe(
+    "psgd_diagonal",
+    paper="Li 2015, arXiv:1512.04202; 2024, arXiv:2402.11858",
+    family="psgd",
+    use="a fitted diagonal in the place of Adam's second moment",
+    avoid="matrices: psgd_kron knows more",
+)
 @dataclass(frozen=True, kw_only=True)
 class PSGDDiagonal(_Whitening):
     """PSGD with a diagonal preconditioner: ``P -> 1 / sqrt(E g^2)``, fitted by relative steps.
@@ -61,7 +67,14 @@ class PSGDDiagonal(_Whitening):
     """
 
 
-@recipe("psgd_kron", paper="Li 2015, arXiv:1512.04202; 2024, arXiv:2402.11858", family="psgd")
+@recipe(
+    "psgd_kron",
+    paper="Li 2015, arXiv:1512.04202; 2024, arXiv:2402.11858",
+    family="psgd",
+    use="preconditioning without factorisations, in low precision too",
+    avoid="the cheapest step: its factors are fitted in every step",
+    start="lr 3e-4 to 1e-3, preconditioner lr 0.1",
+)
 @dataclass(frozen=True, kw_only=True)
 class PSGDKron(_Drawing):
     """PSGD with one factor for each side of a matrix, fitted so that ``P_L g P_R`` is white.
@@ -109,7 +122,13 @@ class PSGDKron(_Drawing):
         )
 
 
-@recipe("psgd_lra", paper="Li 2024, arXiv:2402.11858", family="psgd")
+@recipe(
+    "psgd_lra",
+    paper="Li 2024, arXiv:2402.11858",
+    family="psgd",
+    use="a few strong directions of curvature over a whole matrix",
+    avoid="matrices without such directions",
+)
 @dataclass(frozen=True, kw_only=True)
 class PSGDLowRank(_Drawing):
     """PSGD with ``Q = (I + U Vᵀ) diag(d)`` on the vector of all elements of a tensor.

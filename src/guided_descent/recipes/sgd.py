@@ -9,7 +9,14 @@ from guided_descent.recipes.base import Recipe, hyper, recipe, static
 from guided_descent.routing.roles import Block
 
 
-@recipe("sgd", paper="Robbins and Monro 1951; Polyak 1964; Sutskever et al. 2013", family="sgd")
+@recipe(
+    "sgd",
+    paper="Robbins and Monro 1951; Polyak 1964; Sutskever et al. 2013",
+    family="sgd",
+    use="convolutional networks with normalisation, and where memory is short",
+    avoid="transformers: embeddings and heads want a rate for each element",
+    start="lr 0.1 with momentum 0.9, decay 5e-4, a cosine",
+)
 @dataclass(frozen=True, kw_only=True)
 class SGD(Recipe):
     """Stochastic gradient descent with momentum, as in torch.

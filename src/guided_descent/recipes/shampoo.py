@@ -15,7 +15,14 @@ from guided_descent.routing.blocking import subdivide
 from guided_descent.routing.roles import Block
 
 
-@recipe("shampoo", paper="Gupta et al. 2018, arXiv:1802.09568; Shi et al. 2023, arXiv:2309.06497", family="kronecker")
+@recipe(
+    "shampoo",
+    paper="Gupta et al. 2018, arXiv:1802.09568; Shi et al. 2023, arXiv:2309.06497",
+    family="kronecker",
+    use="large batches and ill-conditioned matrices, grafted to Adam's length",
+    avoid="sides above a few thousand without blocking",
+    start="lr 1e-3 to 1e-2, betas (0.9, 0.99), refresh 10 to 100",
+)
 @dataclass(frozen=True, kw_only=True)
 class Shampoo(Kronecker):
     """Shampoo with grafting: inverse roots of both sides' statistics, and the length of Adam's step.
@@ -89,7 +96,14 @@ class Shampoo(Kronecker):
         return Parts(roots, kinds[self.decay], *momentum, Descend())
 
 
-@recipe("ec_shampoo", paper="Eschenhagen et al. 2025, arXiv:2506.03595", family="kronecker")
+@recipe(
+    "ec_shampoo",
+    paper="Eschenhagen et al. 2025, arXiv:2506.03595",
+    family="kronecker",
+    use="shampoo whose eigenvalues are kept fresh between slow refreshes",
+    avoid="short memory",
+    start="shampoo's numbers",
+)
 @dataclass(frozen=True, kw_only=True)
 class ECShampoo(Kronecker):
     """Eigenvalue-corrected Shampoo: Adam's second moment in the eigenbases of both sides, the momentum outside.
@@ -110,7 +124,14 @@ class ECShampoo(Kronecker):
         return self.finish(CorrectedEigenbasis(max_dim=self.max_precond_dim, one_sided=self.one_sided))
 
 
-@recipe("kl_shampoo", paper="Lin et al. 2025, arXiv:2509.03378", family="kronecker")
+@recipe(
+    "kl_shampoo",
+    paper="Lin et al. 2025, arXiv:2509.03378",
+    family="kronecker",
+    use="shampoo without grafting, by factors that correct each other",
+    avoid="memory",
+    start="lr 1e-4 to 1e-3, betas (0.9, 0.98)",
+)
 @dataclass(frozen=True, kw_only=True)
 class KLShampoo(Kronecker):
     """KL-Shampoo: factors that are whitened by each other, with the exponent -1/2 and no grafting.
@@ -130,7 +151,14 @@ class KLShampoo(Kronecker):
         return self.finish(KLRoots(max_dim=self.max_precond_dim))
 
 
-@recipe("kl_soap", paper="Lin et al. 2025, arXiv:2509.03378", family="kronecker")
+@recipe(
+    "kl_soap",
+    paper="Lin et al. 2025, arXiv:2509.03378",
+    family="kronecker",
+    use="soap in kl_shampoo's basis",
+    avoid="memory",
+    start="soap's numbers",
+)
 @dataclass(frozen=True, kw_only=True)
 class KLSOAP(Kronecker):
     """KL-SOAP: Adam in the eigenbases of KL-Shampoo's factors.
@@ -148,7 +176,14 @@ class KLSOAP(Kronecker):
         return self.finish(KLEigenbasis(max_dim=self.max_precond_dim))
 
 
-@recipe("asgo", paper="An et al. 2025, arXiv:2503.20762; Xie et al. 2025, arXiv:2503.10537", family="kronecker")
+@recipe(
+    "asgo",
+    paper="An et al. 2025, arXiv:2503.20762; Xie et al. 2025, arXiv:2503.10537",
+    family="kronecker",
+    use="one-sided shampoo: a factor of the smaller side alone",
+    avoid="matrices that are ill-conditioned on both sides",
+    start="shampoo's numbers",
+)
 @dataclass(frozen=True, kw_only=True)
 class ASGO(Kronecker):
     """ASGO, one-sided Shampoo: the momentum times the inverse square root of the shorter side's Gram.

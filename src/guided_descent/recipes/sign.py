@@ -9,7 +9,14 @@ from guided_descent.recipes.base import Recipe, decay_kind, hyper, recipe
 from guided_descent.routing.roles import Block
 
 
-@recipe("signsgd", paper="Bernstein et al. 2018, arXiv:1802.04434", family="sign")
+@recipe(
+    "signsgd",
+    paper="Bernstein et al. 2018, arXiv:1802.04434",
+    family="sign",
+    use="compressing gradients to one bit, and as a reference for sign methods",
+    avoid="small batches, where the sign is mostly noise",
+    start="a tenth of Adam's lr",
+)
 @dataclass(frozen=True, kw_only=True)
 class SignSGD(Recipe):
     """Descent along the signs of the gradient.
@@ -26,7 +33,14 @@ class SignSGD(Recipe):
         return Parts(Sign(), DECAYS[self.decay], Descend())
 
 
-@recipe("signum", paper="Bernstein et al. 2018, arXiv:1802.04434", family="sign")
+@recipe(
+    "signum",
+    paper="Bernstein et al. 2018, arXiv:1802.04434",
+    family="sign",
+    use="half of Adam's memory at much of its effect on transformers",
+    avoid="batches so small that the momentum is noise",
+    start="a tenth to a third of AdamW's lr, its decay times as much",
+)
 @dataclass(frozen=True, kw_only=True)
 class Signum(Recipe):
     """Descent along the signs of the momentum.
@@ -44,7 +58,14 @@ class Signum(Recipe):
         return Parts(Ema(), Sign(), DECAYS[self.decay], Descend())
 
 
-@recipe("lion", paper="Chen et al. 2023, arXiv:2302.06675", family="sign")
+@recipe(
+    "lion",
+    paper="Chen et al. 2023, arXiv:2302.06675",
+    family="sign",
+    use="half of Adam's memory on large transformers and large batches",
+    avoid="small batches, and fine-tuning with a rate tuned for AdamW",
+    start="a third to a tenth of AdamW's lr, its decay times as much",
+)
 @dataclass(frozen=True, kw_only=True)
 class Lion(Recipe):
     """Descent along the signs of a mixture of gradient and momentum.

@@ -12,7 +12,14 @@ from guided_descent.recipes.kfac import APPROXES
 from guided_descent.routing.roles import Block
 
 
-@recipe("singd", paper="Lin et al. 2023, arXiv:2302.09738; Lin et al. 2024, arXiv:2312.05705", family="curvature")
+@recipe(
+    "singd",
+    paper="Lin et al. 2023, arXiv:2302.09738; Lin et al. 2024, arXiv:2312.05705",
+    family="curvature",
+    use="kfac by products alone, in low precision, with structures of any cost",
+    avoid="factor_lr above what the noise of a small batch allows",
+    start="lr 1e-2, factor_lr 0.1, damping 1e-3",
+)
 @dataclass(frozen=True, kw_only=True)
 class SINGD(Recipe):
     """SINGD: roots K and C of the inverse Kronecker factors, moved by matrix products; no inverse is ever taken.

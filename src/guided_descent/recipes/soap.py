@@ -11,7 +11,14 @@ from guided_descent.recipes.kronecker import Kronecker
 from guided_descent.routing.roles import Block
 
 
-@recipe("soap", paper="Vyas et al. 2024, arXiv:2409.11321", family="kronecker")
+@recipe(
+    "soap",
+    paper="Vyas et al. 2024, arXiv:2409.11321",
+    family="kronecker",
+    use="the fewest steps of the common methods on language models",
+    avoid="memory: two factors and two bases for each matrix",
+    start="lr 3e-3, betas (0.95, 0.95), refresh 10",
+)
 @dataclass(frozen=True, kw_only=True)
 class SOAP(Kronecker):
     """SOAP: Adam in the slowly refreshed eigenbases of both sides of a matrix; plain AdamW for the rest.

@@ -60,7 +60,14 @@ def _sized(made: Recipe, scale: str) -> Recipe:
     return made if scale in ADAM_SIZED else made.replace(lr=3e-4)
 
 
-@recipe("moonlight", paper="Liu et al. 2025, arXiv:2502.16982", family="spectral")
+@recipe(
+    "moonlight",
+    paper="Liu et al. 2025, arXiv:2502.16982",
+    family="spectral",
+    use="muon with AdamW's learning rate and decay",
+    avoid="transfer over widths: its scale follows the larger side",
+    start="AdamW's lr, decay 0.1",
+)
 @dataclass(frozen=True, kw_only=True)
 class Moonlight(Spectral):
     """Muon with steps of AdamW's size: one learning rate and one decay for all parameters.
@@ -80,7 +87,14 @@ class Moonlight(Spectral):
         return self.around(Polar(), MatrixScale())
 
 
-@recipe("muonclip", paper="Kimi Team 2025, arXiv:2507.20534", family="spectral")
+@recipe(
+    "muonclip",
+    paper="Kimi Team 2025, arXiv:2507.20534",
+    family="spectral",
+    use="long runs of large models, whose attention logits might grow",
+    avoid="models without attention",
+    start="moonlight's numbers, threshold 100",
+)
 @dataclass(frozen=True, kw_only=True)
 class MuonClip(Moonlight):
     """Moonlight with QK-clip: attention logits that grow too large are brought back by scaling queries and keys.
@@ -107,7 +121,14 @@ class MuonClip(Moonlight):
         ]
 
 
-@recipe("normuon", paper="Li et al. 2025, arXiv:2510.05491", family="spectral")
+@recipe(
+    "normuon",
+    paper="Li et al. 2025, arXiv:2510.05491",
+    family="spectral",
+    use="muon whose rows have equal length, at the cost of one number for each row",
+    avoid="parity with published muon runs",
+    start="AdamW's lr",
+)
 @dataclass(frozen=True, kw_only=True)
 class NorMuon(Spectral):
     """NorMuon: Muon whose neurons (rows) take steps of one length on average.
@@ -133,7 +154,14 @@ class NorMuon(Spectral):
         return self.around(Polar(), NeuronRms(longer=self.neurons == "longer"), scale)
 
 
-@recipe("adamuon", paper="Si, Zhang and Shen 2025, arXiv:2507.11005", family="spectral")
+@recipe(
+    "adamuon",
+    paper="Si, Zhang and Shen 2025, arXiv:2507.11005",
+    family="spectral",
+    use="muon with a second moment of its update",
+    avoid="short memory: two matrices",
+    start="AdamW's lr",
+)
 @dataclass(frozen=True, kw_only=True)
 class AdaMuon(Spectral):
     """AdaMuon: the polar factor of the momentum's signs, divided by an averaged root of its squares.
@@ -150,7 +178,13 @@ class AdaMuon(Spectral):
         return self.around(Sign(), Polar(), ElementRms(), MatchRms())
 
 
-@recipe("spectral_descent", paper="Carlson et al. 2015", family="spectral")
+@recipe(
+    "spectral_descent",
+    paper="Carlson et al. 2015",
+    family="spectral",
+    use="small studies of steepest descent in the spectral norm",
+    avoid="noise: it has no momentum of its own by default",
+)
 @dataclass(frozen=True, kw_only=True)
 class SpectralDescent(Spectral):
     """Steepest descent in the spectral norm: Muon's direction with the length that it leaves out.

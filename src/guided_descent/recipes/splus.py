@@ -13,7 +13,14 @@ from guided_descent.recipes.kronecker import Kronecker
 from guided_descent.routing.roles import Block
 
 
-@recipe("splus", paper="Frans, Levine and Abbeel 2025, arXiv:2506.07254", family="kronecker")
+@recipe(
+    "splus",
+    paper="Frans, Levine and Abbeel 2025, arXiv:2506.07254",
+    family="kronecker",
+    use="fast early progress at large learning rates, evaluated on an average",
+    avoid="evaluation of the live weights",
+    start="lr 0.1, an EMA with memory 0.999",
+)
 @dataclass(frozen=True, kw_only=True)
 class SPlus(Kronecker):
     """SPlus: the sign of the momentum in slowly refreshed eigenbases, with a step that depends on the shape.

@@ -11,7 +11,13 @@ from guided_descent.recipes.base import Recipe, decay_kind, hyper, recipe, stati
 from guided_descent.routing.roles import Block
 
 
-@recipe("tonga", paper="Le Roux, Manzagol and Bengio 2007, NIPS 20", family="curvature")
+@recipe(
+    "tonga",
+    paper="Le Roux, Manzagol and Bengio 2007, NIPS 20",
+    family="curvature",
+    use="online learning with a low-rank natural gradient for each neuron",
+    avoid="large layers: columns cost a multiple of the weights",
+)
 @dataclass(frozen=True, kw_only=True)
 class TONGA(Recipe):
     """TONGA: ``(C + lam I)^-1 g`` with a low-rank running covariance C of the batch gradients, block by neuron.
