@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 import guided_descent
+from guided_descent.catalogue import table as optimizer_table
 from guided_descent.cli.common import (
     DEFAULT_PROBLEM,
     Json,
@@ -26,8 +27,12 @@ from guided_descent.cli.common import (
 def list_command(
     family: Annotated[str | None, typer.Option(help="Only this family.", show_default="all")] = None,
     as_json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The page of all of them, docs/optimizers.md.")] = False,
 ) -> None:
     """List every optimizer: its key, family, paper and one line about it."""
+    if markdown:
+        print(optimizer_table(), end="")
+        return
     descriptions = [guided_descent.describe(name) for name in guided_descent.list_optimizers(family=family)]
     if as_json:
         print_json({"optimizers": [description.to_dict() for description in descriptions]})
