@@ -59,6 +59,12 @@ ADOPT = class_of(recipes.ADOPT)
 AdEMAMix = class_of(recipes.AdEMAMix)
 Adan = class_of(recipes.Adan)
 MARS = class_of(recipes.MARS)
+Prodigy = class_of(recipes.Prodigy)
+DAdaptAdam = class_of(recipes.DAdaptAdam)
+DAdaptSGD = class_of(recipes.DAdaptSGD)
+DoG = class_of(recipes.DoG)
+LDoG = class_of(recipes.LDoG)
+DoWG = class_of(recipes.DoWG)
 
 __all__ = [
     "ADOPT",
@@ -85,9 +91,14 @@ __all__ = [
     "AdamW",
     "Adamax",
     "Adan",
+    "DAdaptAdam",
+    "DAdaptSGD",
+    "DoG",
+    "DoWG",
     "ECShampoo",
     "Grams",
     "KLShampoo",
+    "LDoG",
     "LaProp",
     "Lion",
     "Moonlight",
@@ -103,6 +114,7 @@ __all__ = [
     "PSGDDiagonal",
     "PSGDKron",
     "PSGDLowRank",
+    "Prodigy",
     "RAdam",
     "RMSprop",
     "RoutedOptimizer",

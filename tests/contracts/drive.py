@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import guided_descent as gd
 from guided_descent.build import RoutedOptimizer
+from guided_descent.parts import Distance, DistanceByLayer
 from guided_descent.parts.base import Parts
 from guided_descent.recipes import REGISTRY, Recipe
 from guided_descent.routing.roles import Block, Piece, Role
@@ -22,7 +23,12 @@ SMALL: dict[str, Any] = {
     "factor_frequency": 2,
     "start_preconditioning_step": 3,
     "ns_dtype": "float32",
+    "d0": 0.01,  # what finds its learning rate begins with steps that a few updates show
+    "growth_rate": 1.02,
+    "r_eps": 0.01,
 }
+#: Options under which a method that finds its learning rate stays at the first one, so that steps follow lr alone.
+STEADY: dict[str, Any] = {"d_coef": 1e-9, "growth_rate": 1.0, "r_eps": 1.0}
 TOKENS = 11
 
 
@@ -135,6 +141,16 @@ def reads_layers(key: str) -> bool:
 def has_sums(key: str) -> bool:
     """Whether it sums over all parameters before it can step: it runs in stages and is never compiled."""
     return any(part.has_sums for part in parts_of(key))
+
+
+def finds_rate(key: str) -> bool:
+    """Whether it finds its learning rate, which is then no number of the group; see ``steady``."""
+    return any(isinstance(part, Distance | DistanceByLayer) for part in parts_of(key))
+
+
+def steady(key: str) -> dict[str, Any]:
+    """Options under which lr alone sets the length of its steps."""
+    return {name: value for name, value in STEADY.items() if has(key, name)} if finds_rate(key) else {}
 
 
 def per_tensor(key: str) -> bool:

@@ -27,6 +27,7 @@ from drive import (
     reads_layers,
     recipe_of,
     snapshot,
+    steady,
     take,
     undrawn,
 )
@@ -188,7 +189,7 @@ def test_a_block_of_weight_and_bias_waits_for_both_gradients(key: str) -> None:
 
 def test_a_row_that_comes_and_goes_equals_one_trained_alone(key: str) -> None:
     net, alone = Net(torch.float64), Net(torch.float64)
-    more = exact(key)
+    more = exact(key) | steady(key)
     if reads_layers(key):  # what the layer sees depends on the others, which stay where they are
         rules = [gd.rule("up.weight", lr=0.05), gd.rule("*", lr=0.0)]
         more |= undrawn(key) | {"rules": rules, "factor_frequency": 1}

@@ -21,6 +21,7 @@ from guided_descent.engine import rounding
 from guided_descent.engine.binding import Binder, Plan
 from guided_descent.engine.buckets import Bucket, Slice
 from guided_descent.engine.compiled import Compiled
+from guided_descent.engine.joint import check_joint
 from guided_descent.engine.observing import Observer
 from guided_descent.engine.policies import PATIENCE, NonFiniteError, all_finite, culprits
 from guided_descent.engine.refresh import Refresher
@@ -127,6 +128,7 @@ class Engine:
                 loss = closure()
         plan = self.bind()
         self._check_groups()
+        check_joint(plan, self.groups)
         gradients = self._gradients(plan)
         plan = self.bind_current()
         active = [i for i, g in enumerate(gradients) if g is not None]
@@ -377,8 +379,9 @@ class Engine:
             if part.multiplies:
                 found[part]["products"] = self._products(part, [w for w in waiting if w.parts[w.position] == part])
         for part, total in found.items():
-            for group in {w.bucket.group for w in waiting if w.parts[w.position] == part}:
-                part.combine(total, self.groups[group]["extra"], self.groups[group])
+            groups = sorted({w.bucket.group for w in waiting if w.parts[w.position] == part}, reverse=True)
+            for group in {self.groups[i]["recipe"] if part.joint else i: self.groups[i] for i in groups}.values():
+                part.combine(total, group["extra"], group)
         return found
 
     def _products(self, part: Part, works: Sequence[Work]) -> Tensor:
@@ -423,15 +426,13 @@ class Engine:
             g = converted.neg_() if group["maximize"] else converted
 
         def read() -> Rows:
-            if not piece.half:
-                return piece.p
-            return piece.scratch(f"parameter{tag}", work).copy_(piece.p)
+            return self._load(w, f"parameter{tag}") if piece.half else piece.p
 
         return Batch(
             g=g,
             p=read,
             blocks=piece.blocks,
-            scratch=lambda name: piece.scratch(f"{name}{tag}", work),
+            scratch=lambda name: piece.scratch(name + tag if name == "direction" else name, work),
             step=float(w.step),
             first=w.step == 1,
             work=work,
@@ -466,10 +467,12 @@ class Engine:
 
     def _open(self, w: Work) -> Rows:
         """The parameters to write: themselves, or a float32 working copy of half-precision ones."""
-        if not w.slice.half:
-            return w.slice.p
+        return self._load(w, "written") if w.slice.half else w.slice.p
+
+    def _load(self, w: Work, tag: str) -> Rows:
+        """Half-precision parameters in float32, with what their rounding keeps."""
         mode = self.groups[w.bucket.group]["rounding"]
-        copy = w.slice.scratch("written", self.work)
+        copy = w.slice.scratch(tag, self.work)
         for row, p, extra in zip(copy.list, w.slice.p.list, self._extras(w, mode)):
             rounding.load(row, p, extra, mode)
         return copy

@@ -13,6 +13,16 @@ from guided_descent.parts.adaptive import (
 )
 from guided_descent.parts.base import ORDER, Batch, Found, Hyper, Needs, Part, Parts, Policy, Slot, State, Task
 from guided_descent.parts.decay import ALL_DECAYS, DECAYS, L2, CautiousDecay, Decoupled
+from guided_descent.parts.distance import (
+    Adapted,
+    DAdaptDual,
+    DAdaptMoments,
+    Distance,
+    DistanceByLayer,
+    DistanceOverGradients,
+    ProdigyMoments,
+    SlicedProdigy,
+)
 from guided_descent.parts.estimate import AdamMoments, Ema, LionMomentum, Moments, Momentum, NadamMoments, Velocity
 from guided_descent.parts.geometry import CARRIES, NS_DTYPES, Eigenbasis, Polar, Sign
 from guided_descent.parts.layerwise import LarsRatio, Normalize, NormalizeEach, NormMoments, TrustRatio
@@ -33,6 +43,7 @@ __all__ = [
     "SCALES",
     "AdamMoments",
     "AdanMoments",
+    "Adapted",
     "AdoptMoments",
     "AngleMoments",
     "Batch",
@@ -40,9 +51,14 @@ __all__ = [
     "Cautious",
     "CautiousDecay",
     "CorrectedGradient",
+    "DAdaptDual",
+    "DAdaptMoments",
     "Decoupled",
     "Descend",
     "Displace",
+    "Distance",
+    "DistanceByLayer",
+    "DistanceOverGradients",
     "Eigenbasis",
     "Ema",
     "Found",
@@ -64,12 +80,14 @@ __all__ = [
     "Parts",
     "Polar",
     "Policy",
+    "ProdigyMoments",
     "ProximalDecay",
     "QuotientMomentum",
     "RectifiedMoments",
     "RootRatio",
     "Rows",
     "Sign",
+    "SlicedProdigy",
     "Slot",
     "Slow",
     "SquareAverage",

@@ -125,6 +125,7 @@ class Batch:
         lr_scale: Multiplier of the learning rate.
         wd_scale: Multiplier of the weight decay; one for each row where the pieces of the blocks differ.
         eps_scale: Multiplier of eps.
+        rate: What the learning rate of the decay is to be multiplied by, set by a part that finds learning rates.
         seen: What ``observe`` gathered from the layers for this step, stacked ``[B, ...]``, with ``seen["count"]`` [B]
             the number of backward passes; ``None`` where no block has seen anything. A block that saw nothing has
             zeros.
@@ -156,6 +157,7 @@ class Batch:
         scales = [block.wd_scale * piece.wd_scale for block in blocks for piece in block.pieces]
         self.wd_scale: float | list[float] = scales[0] if len(set(scales)) == 1 else scales
         self.eps_scale = block.eps_scale
+        self.rate: Number = 1.0
         self.work = work
         self.seen = seen
         self.held = False
@@ -260,11 +262,14 @@ class Part:
     - ``unit``: ``element`` (any cut of the tensors will do), ``block`` (needs whole tensors, say for a norm) or
       ``matrix`` (works on ``x.u.stack``, a stack of same-shape blocks).
     - ``needs``: what it asks of the training loop.
+    - ``joint``: whether its group state is one for all groups of a recipe: 0-d tensors on the CPU, which ``combine``
+      advances once in a step with the numbers of the first group; see ``agrees``.
     """
 
     slot: ClassVar[str] = "estimate"
     unit: ClassVar[Unit] = "element"
     needs: ClassVar[Needs] = Needs()
+    joint: ClassVar[bool] = False
     place: str = field(default="", kw_only=True)
 
     @property
@@ -295,7 +300,14 @@ class Part:
         raise TypeError(f"{type(self).__name__} does not define update")
 
     def sums(self, x: Batch, s: State, h: Hyper) -> dict[str, Tensor]:
-        """Scalars that the engine adds over all batches, groups and ranks before ``update`` gets them as ``total``."""
+        """Scalars that the engine adds over all batches, groups and ranks before ``update`` gets them as ``total``.
+
+        Called once in a step, so that it may advance the state on its way.
+        """
+        return {}
+
+    def agrees(self, h: Hyper) -> Mapping[str, Any]:
+        """Numbers in which the groups that share its state must agree, by name; for parts that are ``joint``."""
         return {}
 
     @property
@@ -410,6 +422,7 @@ class Parts:
         units = [part.unit for part in self._parts]
         self.unit: Unit = "matrix" if "matrix" in units else "block" if "block" in units else "element"
         self.judging = tuple(part for part in self._parts if type(part).judges is not Part.judges)
+        self.joint = tuple(part for part in self._parts if part.joint)
         self.layer_io = any(part.needs.layer_io for part in self._parts)
         self.evaluations = max((part.needs.evaluations for part in self._parts), default=1)
 

@@ -3,6 +3,7 @@
 from guided_descent.recipes.adam import AdaBelief, Adam, AdamAtan2, AdamW, AMSGrad, Grams, LaProp, NAdam, NAdamW, Yogi
 from guided_descent.recipes.adaptive import Adadelta, Adagrad, Adamax, RAdam, RMSprop
 from guided_descent.recipes.base import REGISTRY, Constraint, Info, Recipe, hyper, lookup, recipe, static
+from guided_descent.recipes.distance import DAdaptAdam, DAdaptSGD, DoG, DoWG, LDoG, Prodigy
 from guided_descent.recipes.kfac import EKFAC, FOOF, KFAC
 from guided_descent.recipes.layerwise import LAMB, LARS, NormalizedSGD, NovoGrad
 from guided_descent.recipes.memory import ADOPT, MARS, Adan, AdEMAMix
@@ -44,10 +45,15 @@ __all__ = [
     "Adamax",
     "Adan",
     "Constraint",
+    "DAdaptAdam",
+    "DAdaptSGD",
+    "DoG",
+    "DoWG",
     "ECShampoo",
     "Grams",
     "Info",
     "KLShampoo",
+    "LDoG",
     "LaProp",
     "Lion",
     "Moonlight",
@@ -61,6 +67,7 @@ __all__ = [
     "PSGDDiagonal",
     "PSGDKron",
     "PSGDLowRank",
+    "Prodigy",
     "RAdam",
     "RMSprop",
     "Recipe",
