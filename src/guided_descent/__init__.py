@@ -65,6 +65,9 @@ DAdaptSGD = class_of(recipes.DAdaptSGD)
 DoG = class_of(recipes.DoG)
 LDoG = class_of(recipes.LDoG)
 DoWG = class_of(recipes.DoWG)
+AdaHessian = class_of(recipes.AdaHessian)
+SophiaH = class_of(recipes.SophiaH)
+SophiaG = class_of(recipes.SophiaG)
 
 __all__ = [
     "ADOPT",
@@ -83,6 +86,7 @@ __all__ = [
     "AMSGrad",
     "AdEMAMix",
     "AdaBelief",
+    "AdaHessian",
     "AdaMuon",
     "Adadelta",
     "Adagrad",
@@ -122,6 +126,8 @@ __all__ = [
     "Shampoo",
     "SignSGD",
     "Signum",
+    "SophiaG",
+    "SophiaH",
     "SpectralDescent",
     "Yogi",
     "averaging",

@@ -266,7 +266,7 @@ def test_sampled_labels_of_a_task_without_a_named_loss_are_refused_before_the_ru
 
 @pytest.mark.parametrize("name", guided_descent.list_optimizers())
 def test_our_optimizers_and_schedule_resume_bitwise(tmp_path, name):
-    hyper = {"loss": "mse"} if lookup(name).reads_layers else {}
+    hyper = {"loss": "mse"} if lookup(name).reads_layers or lookup(name).samples_labels else {}
     spec, options = OptimizerSpec(name, hyper), {"steps": 20, "checkpoint_every": 5, "keep": 4}
     whole = train(NOISY, spec, out=tmp_path, **options)
     before, saved = rows(tmp_path, NOISY, spec), checkpoints(tmp_path, NOISY, spec).load(20)

@@ -21,6 +21,7 @@ from guided_descent.engine import rounding
 from guided_descent.engine.binding import Binder, Plan
 from guided_descent.engine.buckets import Bucket, Slice
 from guided_descent.engine.compiled import Compiled
+from guided_descent.engine.hessian import Diagonal
 from guided_descent.engine.joint import check_joint
 from guided_descent.engine.observing import Observer
 from guided_descent.engine.policies import PATIENCE, NonFiniteError, all_finite, culprits
@@ -84,6 +85,7 @@ class Engine:
         self.compiled: Compiled | None = None
         self.refresher = Refresher(self)
         self.observer: Observer | None = None
+        self.diagonal = Diagonal(self)
         self.process_group: Any = None  # the ranks of a DistributedDataParallel model
         self.objective: Any = None  # what the running step was given
 
@@ -117,6 +119,7 @@ class Engine:
         self.refresher.forget()
         if self.observer is not None:
             self.observer.arm()
+        self.diagonal.arm()
 
     # -- one step --------------------------------------------------------------------------------------------------
 
@@ -137,6 +140,8 @@ class Engine:
         self.objective = closure
         steps = self.groups[0]["steps"]
         try:
+            if active:
+                self.diagonal.complete(gradients, closure)
             self._update(plan, gradients, active, closure)
             if judging and closure is not None and loss is not None and self.groups[0]["steps"] > steps:
                 self._judge(judging, closure, _number(loss))
@@ -146,6 +151,7 @@ class Engine:
             self.notes.clear()
             if self.observer is not None:
                 self.observer.arm()
+            self.diagonal.arm()
 
     def _update(
         self,
@@ -154,7 +160,7 @@ class Engine:
         active: list[int],
         closure: Callable[[], Any] | None,
     ) -> None:
-        if not active or not self._finite(plan, gradients, active):
+        if not active or not self._finite(plan, gradients, active, self.diagonal.reduce()):
             return
         if self.observer is None and any(bucket.parts.layer_io for bucket in plan.buckets):
             raise RuntimeError(
@@ -164,7 +170,7 @@ class Engine:
         if probes > 1:
             gradients = self._probe(plan, gradients, closure, probes)
             active = [i for i, g in enumerate(gradients) if g is not None]
-            if not active or not self._finite(plan, gradients, active):
+            if not active or not self._finite(plan, gradients, active, {}):
                 return
         if self.observer is not None:
             self.observer.reduce()
@@ -230,19 +236,24 @@ class Engine:
                 self.forget()
         return gradients
 
-    def _finite(self, plan: Plan, gradients: Sequence[Tensor | None], active: Sequence[int]) -> bool:
+    def _finite(
+        self, plan: Plan, gradients: Sequence[Tensor | None], active: Sequence[int], curvature: Mapping[int, Tensor]
+    ) -> bool:
+        """Whether gradients and curvature, by parameter, may be used; if not, the policy has had its way."""
         policy = self.groups[0]["nonfinite"]
         if policy == "ignore":
             return True
-        present = [g for g in gradients if g is not None]
+        present = [g for g in gradients if g is not None] + list(curvature.values())
+        active = [*active, *curvature]
         if all_finite(present, self.work):
             self.skipped_in_row = 0
             return True
-        names = [plan.parameters[active[i]].name for i in culprits(present)]
+        names = list(dict.fromkeys(plan.parameters[active[i]].name for i in culprits(present)))
+        what = "gradient or curvature" if curvature else "gradient"
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         if policy == "raise":
             raise NonFiniteError(
-                f"non-finite gradient in {shown} at step {self.groups[0]['steps'] + 1}: nothing was changed; lower the "
+                f"non-finite {what} in {shown} at step {self.groups[0]['steps'] + 1}: nothing was changed; lower the "
                 "learning rate, clip, or use nonfinite='skip'"
             )
         self.skipped_in_row += 1
@@ -357,7 +368,8 @@ class Engine:
             w.bucket.kernel.run(w.slice.p, w.gradients, w.slice.state, h, step, w.bucket.scales)
             return
         w.batch = self._begin(w)
-        if self.compiled is not None and w.step > 2 and w.batch.seen is None:
+        fresh = w.batch.seen is not None or w.batch.curvature is not None
+        if self.compiled is not None and w.step > 2 and not fresh:
             w.batch.w = self._open(w)
             w.batch.ticks = self.compiled.run(w.slice, w.parts, w.batch.g, w.batch.w, h, w.step)
         else:
@@ -428,7 +440,7 @@ class Engine:
         def read() -> Rows:
             return self._load(w, f"parameter{tag}") if piece.half else piece.p
 
-        return Batch(
+        x = Batch(
             g=g,
             p=read,
             blocks=piece.blocks,
@@ -439,6 +451,8 @@ class Engine:
             seed=group["seed"],
             seen=self.observer.seen_by(piece.blocks) if self.observer is not None else None,
         )
+        self.diagonal.show(x, w)
+        return x
 
     def _advance(self, w: Work, totals: Totals) -> None:
         """Run parts up to the next one that still lacks its total."""

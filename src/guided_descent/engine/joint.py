@@ -28,7 +28,6 @@ def check_joint(plan: Plan, groups: Sequence[Mapping[str, Any]]) -> None:
                 name = differ[0] if differ else "its structure"
                 values = f" ({there[name]!r} and {here[name]!r})" if differ else ""
                 raise ValueError(
-                    f"{name} of {label} differs between the param groups {index} and {bucket.group}{values}: they "
-                    "share one estimate of the learning rate; give it once, to the optimizer, and let the groups "
-                    "differ in lr"
+                    f"{name} of {label} differs between the param groups {index} and {bucket.group}{values}: what "
+                    "they estimate is one for all of them; give it once, to the optimizer"
                 )

@@ -13,6 +13,7 @@ from guided_descent.parts.adaptive import (
 )
 from guided_descent.parts.base import ORDER, Batch, Found, Hyper, Needs, Part, Parts, Policy, Slot, State, Task
 from guided_descent.parts.decay import ALL_DECAYS, DECAYS, L2, CautiousDecay, Decoupled
+from guided_descent.parts.diagonal import ClippedNewton, Curved, HessianMoments
 from guided_descent.parts.distance import (
     Adapted,
     DAdaptDual,
@@ -50,7 +51,9 @@ __all__ = [
     "BeliefMoments",
     "Cautious",
     "CautiousDecay",
+    "ClippedNewton",
     "CorrectedGradient",
+    "Curved",
     "DAdaptDual",
     "DAdaptMoments",
     "Decoupled",
@@ -63,6 +66,7 @@ __all__ = [
     "Ema",
     "Found",
     "GradientSigns",
+    "HessianMoments",
     "Hyper",
     "InverseTime",
     "LarsRatio",

@@ -112,6 +112,13 @@ class Policy:
     lag: int = 0
 
 
+def generator(seed: int, name: str, step: int, salt: str, device: torch.device) -> torch.Generator:
+    """A random generator that is a function of these alone."""
+    text = f"{seed}/{name}/{step}/{salt}"
+    number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
+    return torch.Generator(device=device).manual_seed(number)
+
+
 class Batch:
     """The ``x`` of a part: blocks of one group that share shape, dtype, step and device, ready for arithmetic.
 
@@ -129,6 +136,9 @@ class Batch:
         seen: What ``observe`` gathered from the layers for this step, stacked ``[B, ...]``, with ``seen["count"]`` [B]
             the number of backward passes; ``None`` where no block has seen anything. A block that saw nothing has
             zeros.
+        curvature: What ``Part.curvature`` names, from the passes before this step, free to be overwritten; ``None``
+            where none was wanted.
+        labels: The number of labels in it, where labels were drawn.
         work: Scratch memory.
     """
 
@@ -160,6 +170,8 @@ class Batch:
         self.rate: Number = 1.0
         self.work = work
         self.seen = seen
+        self.curvature: Rows | None = None
+        self.labels = 0
         self.held = False
         self.ticks: dict[str, int | Sequence[int]] = {}
         self._seed = seed
@@ -242,9 +254,8 @@ class Batch:
 
         With ``shared`` the block's name is left out: all batches draw the same, however blocks are batched.
         """
-        text = f"{self._seed}/{'' if shared else self.blocks[0].key}/{int(self.step)}/{salt}"
-        number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
-        return torch.Generator(device=self.g.list[0].device).manual_seed(number)
+        name = "" if shared else self.blocks[0].key
+        return generator(self._seed, name, int(self.step), salt, self.g.list[0].device)
 
     def _direction(self) -> Rows:
         if self._scratch is None:
@@ -332,11 +343,20 @@ class Part:
     def probe(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Write the displacement at which the next gradient is taken; for parts with ``needs.evaluations > 1``."""
 
-    # -- what the layers tell ----------------------------------------------------------------------------------------
+    # -- what the passes tell ----------------------------------------------------------------------------------------
+
+    @property
+    def curvature(self) -> str:
+        """The estimate of the curvature's diagonal that it reads as ``x.curvature``; ``""`` is none.
+
+        ``rademacher`` or ``normal``: ``z * (H z)`` with the Hessian H of the loss and a random z of +-1, or normal.
+        ``labels``: the gradient of the mean loss at labels drawn from the model, of which there are ``x.labels``.
+        """
+        return ""
 
     def observes(self, h: Hyper, step: int) -> bool:
-        """Whether it wants to see the layers in the passes that lead to update number ``step``."""
-        return self.needs.layer_io
+        """Whether it wants to see the layers, or the curvature, in the passes that lead to update number ``step``."""
+        return self.needs.layer_io or bool(self.curvature)
 
     def observe(self, seen: dict[str, Tensor], io: LayerIO, s: State, block: Block, h: Hyper) -> None:
         """Fold one layer's input and output gradient into ``seen``: raw sums, which the engine adds over ranks.
@@ -422,6 +442,7 @@ class Parts:
         units = [part.unit for part in self._parts]
         self.unit: Unit = "matrix" if "matrix" in units else "block" if "block" in units else "element"
         self.judging = tuple(part for part in self._parts if type(part).judges is not Part.judges)
+        self.curvature = tuple(part for part in self._parts if part.curvature)
         self.joint = tuple(part for part in self._parts if part.joint)
         self.layer_io = any(part.needs.layer_io for part in self._parts)
         self.evaluations = max((part.needs.evaluations for part in self._parts), default=1)

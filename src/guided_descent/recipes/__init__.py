@@ -3,6 +3,7 @@
 from guided_descent.recipes.adam import AdaBelief, Adam, AdamAtan2, AdamW, AMSGrad, Grams, LaProp, NAdam, NAdamW, Yogi
 from guided_descent.recipes.adaptive import Adadelta, Adagrad, Adamax, RAdam, RMSprop
 from guided_descent.recipes.base import REGISTRY, Constraint, Info, Recipe, hyper, lookup, recipe, static
+from guided_descent.recipes.diagonal import AdaHessian, SophiaG, SophiaH
 from guided_descent.recipes.distance import DAdaptAdam, DAdaptSGD, DoG, DoWG, LDoG, Prodigy
 from guided_descent.recipes.kfac import EKFAC, FOOF, KFAC
 from guided_descent.recipes.layerwise import LAMB, LARS, NormalizedSGD, NovoGrad
@@ -36,6 +37,7 @@ __all__ = [
     "AMSGrad",
     "AdEMAMix",
     "AdaBelief",
+    "AdaHessian",
     "AdaMuon",
     "Adadelta",
     "Adagrad",
@@ -75,6 +77,8 @@ __all__ = [
     "Shampoo",
     "SignSGD",
     "Signum",
+    "SophiaG",
+    "SophiaH",
     "SpectralDescent",
     "Yogi",
     "hyper",
