@@ -261,6 +261,8 @@ def test_misspelt_optimizers_and_hyperparameters_are_one_line(tmp_path, spec, wo
 def test_sampled_labels_of_a_task_without_a_named_loss_are_refused_before_the_run(tmp_path):
     with pytest.raises(BenchError, match=r"names no loss.*or use kfac:fisher=empirical"):
         train(NOISY, OptimizerSpec("kfac"), out=tmp_path, steps=4)
+    with pytest.raises(BenchError, match=r"'sophia_g' samples labels.*names no loss.*likelihood$"):
+        train(NOISY, OptimizerSpec("sophia_g"), out=tmp_path, steps=4)
     assert train(NOISY, OptimizerSpec("kfac", {"fisher": "empirical"}), out=tmp_path, steps=4).status == "complete"
 
 

@@ -32,8 +32,9 @@ def options(name: str) -> dict[str, Any]:
         return {"loss": "cross_entropy", "fisher": fisher}
     if gd.recipes.lookup(name).samples_labels:
         return {"loss": Likeliest()}
-    if "r_eps" in gd.recipes.lookup(name)().values():  # else four steps show nothing
-        return {"r_eps": 1e-3}
+    first = {"d0", "r_eps"} & gd.recipes.lookup(name)().values().keys()
+    if first:  # of methods that find their learning rate: else four steps show nothing
+        return dict.fromkeys(first, 1e-3)
     return FULL_RANK if name in ("soap", "ec_shampoo", "kl_soap", "splus") else {}
 
 

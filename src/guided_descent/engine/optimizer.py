@@ -224,8 +224,9 @@ class Optimizer(torch.optim.Optimizer):
         """Multiply the Hessian of the loss by a random probe, before ``loss.backward()``; nothing else changes.
 
         With micro-batches give each loss as you backpropagate it, divided by their number: products add up as gradients
-        do. With a ``GradScaler`` give the loss before it is scaled. In steps for which ``due("hessian")`` does not hold
-        it does nothing; where the model runs fused attention or ``torch.compile``, switch both off in the others.
+        do. With a ``GradScaler`` give the loss before it is scaled. Where ``due("hessian")`` does not hold it does
+        nothing; where it does, the forward pass must have a second derivative, which fused attention and
+        ``torch.compile`` have not.
 
         Args:
             loss: The loss, one element with its graph.

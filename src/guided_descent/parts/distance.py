@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, Unit
-from guided_descent.parts.damping import inner
 from guided_descent.parts.rows import Rows
 from guided_descent.routing.roles import Block
 
@@ -47,7 +46,12 @@ class Distance(Part):
 
 def absolute(rows: Rows) -> Tensor:
     """``||a||_1`` over all rows, in float64."""
-    return torch.stack([torch.linalg.vector_norm(row, 1, dtype=torch.float64) for row in rows.list]).sum()
+    return torch.stack([row.abs().sum(dtype=torch.float64) for row in rows.list]).sum()
+
+
+def inner(a: Rows, b: Rows) -> Tensor:
+    """``<a, b>`` over all rows, added in float64."""
+    return torch.stack([torch.sum(x * y, dtype=torch.float64) for x, y in zip(a.list, b.list)]).sum()
 
 
 def square(rows: Rows) -> Tensor:
@@ -175,7 +179,7 @@ class ProdigyMoments(Adapted):
         weight = d / float(h[self.d0])
         g, (beta1, beta2) = x.read(), h[self.betas]
         seen = self.chosen(x, g)
-        product = inner(seen.list, self.way(x, start).list)
+        product = inner(seen, self.way(x, start))
         s["exp_avg"].mul_(beta1).add_(g, alpha=d * (1 - beta1))
         s["exp_avg_sq"].mul_(beta2).addcmul_(g, g, d * d * (1 - beta2))
         weighted.mul_(self.memory(h)).add_(seen, alpha=weight * (d if self.safeguard else rate * x.rate))
@@ -289,7 +293,7 @@ class DAdaptMoments(Adapted):
         dlr, g, (beta1, beta2) = rate * x.rate, x.read(), h[self.betas]
         memory = float(beta2) ** 0.5
         scaled = x.spare("scaled").copy_(s["exp_avg_sq"]).sqrt_().add_(h[self.eps] * x.eps_scale).rdiv_(s["s"])
-        product = inner(g.list, scaled.list)
+        product = inner(g, scaled)
         s["exp_avg"].mul_(beta1).add_(g, alpha=dlr * x.lr_scale * (1 - beta1))
         s["exp_avg_sq"].mul_(beta2).addcmul_(g, g, 1 - beta2)
         s["s"].mul_(memory).add_(g, alpha=dlr * (1 - memory))
@@ -342,7 +346,7 @@ class DAdaptDual(Adapted):
         if rate == 0:
             return {}
         dlr, g = self.d(s, h) * rate * x.lr_scale, x.read()
-        found = {"numerator": dlr * inner(g.list, s["s"].list)}
+        found = {"numerator": dlr * inner(g, s["s"])}
         if float(s["g0_norm"]) == 0:
             found["first"] = square(g)
         s["s"].add_(g, alpha=dlr)
