@@ -140,13 +140,15 @@ new = {name.split(".")[0] for name in set(sys.modules) - before}  # numpy: torch
 assert not new & (set(BLOCKED) | {"numpy", "pandas"}), new
 for key in gd.list_optimizers():
     net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2))
-    loss = {"loss": "mse"} if gd.recipes.lookup(key).reads_layers else {}
+    loss = {"loss": "mse"} if gd.recipes.lookup(key).reads_layers or gd.recipes.lookup(key).samples_labels else {}
     opt = gd.optimizer(key, net, **loss)
     ema = gd.averaging.EMA(net, half_life=5)
 
     def closure():
         opt.zero_grad()
         loss = net(torch.ones(4, 3)).square().mean()
+        if opt.due("hessian"):
+            opt.hessian_pass(loss)
         loss.backward()
         return loss
 

@@ -76,6 +76,15 @@ Hyperball = class_of(recipes.Hyperball)
 Madam = class_of(recipes.Madam)
 MultiplicativeAdam = class_of(recipes.MultiplicativeAdam)
 MultiplicativeSGD = class_of(recipes.MultiplicativeSGD)
+Prodigy = class_of(recipes.Prodigy)
+DAdaptAdam = class_of(recipes.DAdaptAdam)
+DAdaptSGD = class_of(recipes.DAdaptSGD)
+DoG = class_of(recipes.DoG)
+LDoG = class_of(recipes.LDoG)
+DoWG = class_of(recipes.DoWG)
+AdaHessian = class_of(recipes.AdaHessian)
+SophiaH = class_of(recipes.SophiaH)
+SophiaG = class_of(recipes.SophiaG)
 
 __all__ = [
     "ADOPT",
@@ -99,6 +108,7 @@ __all__ = [
     "APOLLOMini",
     "AdEMAMix",
     "AdaBelief",
+    "AdaHessian",
     "AdaMuon",
     "Adadelta",
     "Adafactor",
@@ -109,12 +119,17 @@ __all__ = [
     "AdamW",
     "Adamax",
     "Adan",
+    "DAdaptAdam",
+    "DAdaptSGD",
+    "DoG",
+    "DoWG",
     "ECShampoo",
     "Fira",
     "GaLore",
     "Grams",
     "Hyperball",
     "KLShampoo",
+    "LDoG",
     "LaProp",
     "Lion",
     "Madam",
@@ -134,6 +149,7 @@ __all__ = [
     "PSGDDiagonal",
     "PSGDKron",
     "PSGDLowRank",
+    "Prodigy",
     "RAdam",
     "RMSprop",
     "RoutedOptimizer",
@@ -142,6 +158,8 @@ __all__ = [
     "Shampoo",
     "SignSGD",
     "Signum",
+    "SophiaG",
+    "SophiaH",
     "SpectralDescent",
     "Yogi",
     "averaging",

@@ -94,9 +94,10 @@ class RoutedOptimizer(Optimizer):
         self._start(assembly.groups, assembly.recipes, assembly.blocks, add, workspace_mb, seed)
         self._blocks_read = assembly.read
         self._logits: AttentionLogits | None = None
-        if (loss is not None or scaler is not None) and not (assembly.read or recipe.reads_layers):
+        samples = loss is not None and any(r.samples_labels for r in self.recipes)
+        if (loss is not None or scaler is not None) and not (assembly.read or recipe.reads_layers or samples):
             raise ValueError(f"loss= and scaler= are for recipes that read layers, and {recipe.label} does not")
-        if isinstance(params, nn.Module) and (assembly.read or self._noted("max_logits")):
+        if isinstance(params, nn.Module):
             self.watch(params, loss=loss, scaler=scaler)
         if compile:
             self.compile()
@@ -105,7 +106,8 @@ class RoutedOptimizer(Optimizer):
         """Read this model from now on; done at the build, and needed again for a copied optimizer.
 
         Layers are read for recipes that need their inputs and output gradients; attention is, for those that clip its
-        logits. Where the model is a ``DistributedDataParallel``, statistics are joined over its ranks.
+        logits; outputs are, for those that draw labels from them. Where the model is a ``DistributedDataParallel``,
+        statistics are joined over its ranks.
 
         Args:
             model: The model whose parameters are trained.
@@ -126,6 +128,9 @@ class RoutedOptimizer(Optimizer):
         self._logits = AttentionLogits(inner, attention, partial(self.note, "max_logits")) if attention else None
         if self._blocks_read:
             self._read_layers(inner, loss, scaler)
+        if any(recipe.samples_labels for recipe in self.recipes):
+            _check_loss(loss, "mc")
+            self._engine.diagonal.watch(inner, loss)
 
     def _read_layers(self, model: nn.Module, loss: Any, scaler: Any) -> None:
         kinds = {r.values()["fisher"] for r in self.recipes if r.reads_layers}

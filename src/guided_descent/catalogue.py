@@ -132,7 +132,7 @@ def table() -> str:
     lines = [
         "# The optimizers",
         "",
-        f"Written by `guided-descent list --markdown`. Memory is the state of a {_SIDE} x {_SIDE} matrix, as a multiple",
+        f"Made by `guided-descent list --markdown`. Memory is the state of a {_SIDE} x {_SIDE} matrix, as a multiple",
         "of its float32 bytes; FLOPs are for each of its elements in a step, refreshes of slow matrices excluded.",
     ]
     for family in sorted({info.family for info in REGISTRY.values()}):

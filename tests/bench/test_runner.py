@@ -261,12 +261,14 @@ def test_misspelt_optimizers_and_hyperparameters_are_one_line(tmp_path, spec, wo
 def test_sampled_labels_of_a_task_without_a_named_loss_are_refused_before_the_run(tmp_path):
     with pytest.raises(BenchError, match=r"names no loss.*or use kfac:fisher=empirical"):
         train(NOISY, OptimizerSpec("kfac"), out=tmp_path, steps=4)
+    with pytest.raises(BenchError, match=r"'sophia_g' samples labels.*names no loss.*likelihood$"):
+        train(NOISY, OptimizerSpec("sophia_g"), out=tmp_path, steps=4)
     assert train(NOISY, OptimizerSpec("kfac", {"fisher": "empirical"}), out=tmp_path, steps=4).status == "complete"
 
 
 @pytest.mark.parametrize("name", guided_descent.list_optimizers())
 def test_our_optimizers_and_schedule_resume_bitwise(tmp_path, name):
-    hyper = {"loss": "mse"} if lookup(name).reads_layers else {}
+    hyper = {"loss": "mse"} if lookup(name).reads_layers or lookup(name).samples_labels else {}
     spec, options = OptimizerSpec(name, hyper), {"steps": 20, "checkpoint_every": 5, "keep": 4}
     whole = train(NOISY, spec, out=tmp_path, **options)
     before, saved = rows(tmp_path, NOISY, spec), checkpoints(tmp_path, NOISY, spec).load(20)

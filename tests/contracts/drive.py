@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import guided_descent as gd
 from guided_descent.build import RoutedOptimizer
+from guided_descent.parts import Distance, DistanceByLayer
 from guided_descent.parts.base import Parts
 from guided_descent.recipes import REGISTRY, Recipe
 from guided_descent.routing.roles import Block, Piece, Role
@@ -21,11 +22,17 @@ SMALL: dict[str, Any] = {
     "precondition_frequency": 3,
     "update_proj_gap": 3,
     "factor_frequency": 2,
+    "hessian_frequency": 2,
     "start_preconditioning_step": 3,
     "ns_dtype": "float32",
+    "d0": 0.01,  # what finds its learning rate begins with steps that a few updates show
+    "growth_rate": 1.02,
+    "r_eps": 0.01,
 }
 #: Sizes that mean something on small tensors, for recipes whose own are larger.
 SIZES: dict[str, int] = {"rank": 4, "min_dim_size_to_factor": 3}
+#: Options under which a method that finds its learning rate stays at the first one, so that steps follow lr alone.
+STEADY: dict[str, Any] = {"d_coef": 1e-9, "growth_rate": 1.0, "r_eps": 1.0}
 TOKENS = 11
 
 
@@ -97,13 +104,57 @@ def options(key: str, **more: Any) -> dict[str, Any]:
     return {name: value for name, value in SMALL.items() if name in fields} | sizes | more
 
 
-def make(key: str, params: Any, **more: Any) -> RoutedOptimizer:
-    """An optimizer of this recipe with small options."""
+def make(key: str, params: Any, sign: float = 1.0, **more: Any) -> RoutedOptimizer:
+    """An optimizer of this recipe with small options, taught where it needs curvature."""
     if reads_layers(key) and isinstance(params, nn.Module):
         more = {"loss": "cross_entropy"} | more
     if recipe_of(key).parametrization and isinstance(params, nn.Module) and not readable(params):
         more = {"parametrization": "flat"} | more
-    return gd.optimizer(key, params, **options(key, **more))
+    return teach(gd.optimizer(key, params, **options(key, **more)), sign)
+
+
+def teach(opt: RoutedOptimizer, sign: float = 1.0) -> RoutedOptimizer:
+    """Give it a curvature before each step that wants one: that of a quadratic, see ``diagonal``.
+
+    The passes of a test lead to its gradients, which are often no gradients of any loss.
+    """
+
+    def show(opt: RoutedOptimizer, *_: Any) -> None:
+        pairs = [(rows, diagonal(rows)) for rows in map(real, trainable(opt))]
+        if opt.due("hessian"):
+            opt.hessian_pass(sign * sum((c * p.square()).double().sum() / 2 for p, c in pairs))
+        elif opt.due() and opt._engine.observer is None:
+            opt.curvature_pass(sum((c * p).double().sum() for p, c in pairs).reshape(1, 1), Certain())
+
+    opt.register_step_pre_hook(show)
+    return opt
+
+
+class Certain:
+    """A loss of which the only draw is 1."""
+
+    def terms(self, out: Tensor) -> int:
+        return 5
+
+    def sample(self, out: Tensor, generator: torch.Generator) -> Tensor:
+        return torch.ones_like(out)
+
+
+def real(p: Tensor) -> Tensor:
+    """Complex numbers as pairs of reals, differentiable."""
+    return torch.view_as_real(p) if p.is_complex() else p
+
+
+def trainable(opt: RoutedOptimizer) -> list[Tensor]:
+    """The parameters that take a gradient."""
+    return [p for group in opt.param_groups for p in group["params"] if p.requires_grad]
+
+
+def diagonal(p: Tensor) -> Tensor:
+    """Numbers of both signs, by the last index alone: those of a matrix are those of its rows. In frozen files, too."""
+    place = torch.arange(p.shape[-1] if p.ndim else 1, dtype=torch.float64)
+    row = (0.5 + place % 7 / 7) * (1 - 2 * (place % 2))
+    return row.to(p.dtype).reshape(p.shape[-1:]).expand(p.shape)
 
 
 class Unscaled:
@@ -159,6 +210,21 @@ def has_sums(key: str) -> bool:
     return any(part.has_sums for part in parts_of(key))
 
 
+def finds_rate(key: str) -> bool:
+    """Whether it finds its learning rate, which is then no number of the group; see ``steady``."""
+    return any(isinstance(part, Distance | DistanceByLayer) for part in parts_of(key))
+
+
+def always(key: str) -> dict[str, Any]:
+    """Options under which it reads the diagonal of the curvature in every step, whichever the number of the step."""
+    return {"hessian_frequency": 1} if parts_of(key).curvature else {}
+
+
+def steady(key: str) -> dict[str, Any]:
+    """Options under which lr alone sets the length of its steps."""
+    return {name: value for name, value in STEADY.items() if has(key, name)} if finds_rate(key) else {}
+
+
 def per_tensor(key: str) -> bool:
     """Whether it is for any tensor and yet acts on each as a whole: on a stack or a fused map as on one."""
     return not recipe_of(key).matrix and parts_of(key).unit != "element"
@@ -179,6 +245,7 @@ def structure(key: str) -> tuple[Any, ...]:
         cls.matrix,
         cls.reads_layers,
         parts.unit,
+        bool(parts.curvature),
         parts.evaluations,
         has_sums(key),
         any(part.policy(group).period > 0 for part in parts),
@@ -203,6 +270,8 @@ def exact(key: str) -> dict[str, Any]:
     """Options under which two routes to one update agree to rounding in float64."""
     if key == "ekfac":  # its factors have rank 1 here, and rounding would choose the scales of a refreshed null space
         return {"precondition_frequency": 50}
+    if parts_of(key).curvature:  # probes of +-1 see a diagonal as it is, whatever is drawn
+        return {"probe": "rademacher"} if has(key, "probe") else {}
     return {"ns_dtype": "float64"} if has(key, "ns_dtype") else {}
 
 
@@ -255,7 +324,7 @@ def drive(opt: RoutedOptimizer, model: nn.Module, steps: int, first: int = 0) ->
 
 def feed(opt: RoutedOptimizer, closure: Any, seed: int = 0) -> Any:
     """One step on gradients that a closure writes; recipes that read layers are shown a forward pass before."""
-    if opt.due():
+    if opt._engine.observer is not None and opt.due():
         look(opt, seed)
     return take(opt, closure, evaluations(opt))
 

@@ -33,6 +33,7 @@ from drive import (
     refuses_lists,
     snapshot,
     take,
+    teach,
 )
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -117,6 +118,7 @@ def test_a_copy_with_its_model_continues_to_the_bit(key: str, copier: Any) -> No
     other, twin = copier((net, opt))
     if reads_layers(key):
         twin.watch(other, loss="cross_entropy")
+    teach(twin)
     assert type(twin).__name__ == type(opt).__name__
     held = snapshot(opt, net)
     drive(twin, other, 7, first=5)
@@ -435,7 +437,7 @@ def load_and_continue(key: str, path: Path) -> None:
         then = {name: f.metadata["was"] for name, f in REGISTRY[key].cls.numbers().items() if f.metadata.get("was")}
         options = then | saved["options"]  # a choice that is newer than the file
         opt = gd.optimizer(key, net, **options, **({"loss": "cross_entropy"} if reads_layers(key) else {}))
-        opt.load_state_dict(saved["optimizer"])
+        teach(opt).load_state_dict(saved["optimizer"])
     assert opt.steps == saved["steps"]
     for gradients in saved["gradients"]:
 

@@ -42,8 +42,9 @@ def test_the_forecast_is_what_is_held(key: str, model: type[nn.Module], dtype: t
     assert forecast == opt.state_bytes()
     push(opt, 4)
     assert opt.state_bytes() == forecast == gd.explain(opt).state_bytes
-    saved = opt.state_dict()["state"].values()
-    tensors = [value for values in saved for value in values.values() if isinstance(value, torch.Tensor)]
+    saved = opt.state_dict()
+    held = [*saved["state"].values(), *(group["extra"] for group in saved["param_groups"])]
+    tensors = [value for values in held for value in values.values() if isinstance(value, torch.Tensor)]
     assert sum(t.numel() * t.element_size() for t in tensors) == forecast
     # a view of a stack would write the whole stack into the file
     assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in tensors)

@@ -21,15 +21,19 @@ from drive import (
     lone,
     make,
     parameters,
+    parts_of,
     push,
     reads_layers,
+    recipe_of,
     snapshot,
+    steady,
     take,
     undrawn,
 )
 from torch import nn
 
 from guided_descent.engine import engine
+from guided_descent.parts import DAdaptDual
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -101,6 +105,7 @@ def drift(key: str, dtype: torch.dtype, rounding: str, rate: float, steps: int) 
     once: dict[str, Any] = {"factor_frequency": 10**6} if reads_layers(key) else {}  # a metric that stays
     once |= {"kl_clip": None} if has(key, "kl_clip") else {}
     once |= {"weight_decay": 0.0} if has(key, "weight_decay") else {}
+    once |= steady(key)
     opt = make(key, lone(key, "p", p), lr=rate, rounding=rounding, **once)
 
     def closure() -> None:
@@ -158,7 +163,10 @@ def test_rounding_to_nearest_loses_small_updates_and_says_so_once(key: str, monk
     with pytest.warns(UserWarning, match="rounding='stochastic'") as caught:
         moved = drift(key, torch.bfloat16, "nearest", rate, 200)
     assert sum("rounded to nearest" in str(w.message) for w in caught) == 1
-    assert float(moved.abs().mean()) < 0.5 * float(way.abs().mean())
+    if any(isinstance(part, DAdaptDual) for part in parts_of(key)):  # it goes a share of the way to a float32 place
+        assert float((moved - way).abs().max()) < 1.1 * 2**-8 / (1 - recipe_of(key)().values()["momentum"])
+    else:
+        assert float(moved.abs().mean()) < 0.5 * float(way.abs().mean())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*without their model")

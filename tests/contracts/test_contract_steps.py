@@ -11,6 +11,7 @@ import torch
 from drive import (
     Net,
     Plain,
+    always,
     assert_close,
     assert_same,
     bits,
@@ -27,6 +28,7 @@ from drive import (
     reads_layers,
     recipe_of,
     snapshot,
+    steady,
     take,
     undrawn,
 )
@@ -97,7 +99,7 @@ def test_training_lowers_the_loss_of_a_fixed_batch(key: str) -> None:
 def test_maximize_is_descent_on_the_negative(key: str) -> None:
     up, down = Net(torch.float64), Net(torch.float64)
     push(make(key, up, maximize=True, **exact(key)), 5, scale=1.0)
-    push(make(key, down, **exact(key)), 5, scale=-1.0)
+    push(make(key, down, sign=-1.0, **exact(key)), 5, scale=-1.0)
     assert_close(parameters(up), parameters(down), 1e-12)
 
 
@@ -139,7 +141,8 @@ def test_accumulated_micro_batches_equal_the_full_batch(key: str) -> None:
 
 def test_a_late_gradient_meets_a_fresh_optimizer(key: str) -> None:
     net, late = Net(torch.float64), "wide.weight"
-    opt = make(key, net, **exact(key))
+    more = exact(key) | always(key)
+    opt = make(key, net, **more)
     named = dict(net.named_parameters())
     held = named[late].detach().clone()
 
@@ -152,7 +155,7 @@ def test_a_late_gradient_meets_a_fresh_optimizer(key: str) -> None:
     assert torch.equal(named[late], held)
     assert int(opt.state[named[late]]["step"]) == 0
     other = Net(torch.float64)
-    fresh = make(key, other, **exact(key))
+    fresh = make(key, other, **more)
     for _ in range(3):  # its steps 6, 7 and 8 are the fresh one's 1, 2 and 3
         push(opt, seed=9)
         push(fresh, seed=9)
@@ -188,7 +191,7 @@ def test_a_block_of_weight_and_bias_waits_for_both_gradients(key: str) -> None:
 
 def test_a_row_that_comes_and_goes_equals_one_trained_alone(key: str) -> None:
     net, alone = Net(torch.float64), Net(torch.float64)
-    more = exact(key)
+    more = exact(key) | steady(key) | always(key)
     if reads_layers(key):  # what the layer sees depends on the others, which stay where they are
         rules = [gd.rule("up.weight", lr=0.05), gd.rule("*", lr=0.0)]
         more |= undrawn(key) | {"rules": rules, "factor_frequency": 1}

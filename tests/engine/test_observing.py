@@ -164,7 +164,7 @@ def test_due_steps_and_nothing_between() -> None:
         opt.step()
         check(opt, model, expected)
     assert due == [True, False, False, True, False, False, True]
-    with pytest.raises(ValueError, match="only 'curvature'"):
+    with pytest.raises(ValueError, match="choose one of 'curvature'"):
         opt.due("loss")
 
 

@@ -15,6 +15,16 @@ Example:
 from .ema import EMA
 from .evaluating import BufferSource, EvaluationSource, evaluating, export
 from .guard import is_evaluating
+from .polynomial import PolynomialAverage
 from .running import RunningAverage
 
-__all__ = ["EMA", "BufferSource", "EvaluationSource", "RunningAverage", "evaluating", "export", "is_evaluating"]
+__all__ = [
+    "EMA",
+    "BufferSource",
+    "EvaluationSource",
+    "PolynomialAverage",
+    "RunningAverage",
+    "evaluating",
+    "export",
+    "is_evaluating",
+]

@@ -65,14 +65,15 @@ def knowing(spec: OptimizerSpec, problem: Problem) -> OptimizerSpec:
     from guided_descent.recipes import REGISTRY
 
     info = REGISTRY.get(spec.name)
-    if info is None or not info.cls.reads_layers or "loss" in spec.hyper:
+    if info is None or not (info.cls.reads_layers or info.cls.samples_labels) or "loss" in spec.hyper:
         return spec
     if problem.likelihood is None:
-        fisher = spec.hyper.get("fisher", info.cls().values()["fisher"])
+        fisher = spec.hyper.get("fisher", info.cls().values().get("fisher", "mc"))
         if fisher in ("mc", "exact"):
+            other = f", or use {spec.name}:fisher=empirical" if info.cls.reads_layers else ""
             raise BenchError(
                 f"optimizer {spec.name!r} samples labels from the model (fisher={fisher!r}) and this task names no "
-                f"loss: give its Problem outputs, targets and likelihood, or use {spec.name}:fisher=empirical"
+                f"loss: give its Problem outputs, targets and likelihood{other}"
             )
         return spec
     return replace(spec, hyper={**spec.hyper, "loss": problem.likelihood})

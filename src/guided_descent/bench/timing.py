@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from guided_descent.bench.problem import Problem
+from guided_descent.build import RoutedOptimizer
 from guided_descent.solvers import Solver
 
 BLOCK = 10  # the refresh period of SOAP and Shampoo by default
@@ -71,6 +72,10 @@ class _Lane:
                 inside += self._solve()
                 continue
             loss = problem.loss(problem.model, problem.batch(self.step))
+            if isinstance(optimizer, RoutedOptimizer) and optimizer.due("hessian"):
+                entered = clock()
+                optimizer.hessian_pass(loss)
+                inside += clock() - entered
             loss.backward()  # type: ignore[no-untyped-call]
             if problem.clip is not None:
                 nn.utils.clip_grad_norm_(problem.model.parameters(), problem.clip)

@@ -10,6 +10,7 @@ from guided_descent.capture.losses import (
     SquaredError,
     as_loss,
 )
+from guided_descent.capture.output import OutputTap
 from guided_descent.capture.tap import Capture
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "LayerIO",
     "Loss",
     "Masked",
+    "OutputTap",
     "SquaredError",
     "as_loss",
     "per_sample_norms",

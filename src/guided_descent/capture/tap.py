@@ -388,9 +388,9 @@ class Capture:
 
 
 class _Hook:
-    """A hook that calls a method of a capture; a copy of it, made with a copy of the model, does nothing."""
+    """A hook that calls a method of a capture or tap; a copy of it, made with a copy of the model, does nothing."""
 
-    def __init__(self, capture: weakref.ref[Capture], method: str, *first: str) -> None:
+    def __init__(self, capture: weakref.ref[Any], method: str, *first: str) -> None:
         self.capture, self.method, self.first = capture, method, first
 
     def __call__(self, *args: Any) -> Any:

@@ -234,6 +234,7 @@ class Binder:
 
     def _allocate(self, bucket: Bucket) -> None:
         group = self.groups[bucket.group]
+        joint = {name for part in bucket.parts.joint for name in part.slots(bucket.blocks[0])}
         for name, slot in bucket.slots.items():
             if slot.layout == "param":
                 rows = bucket.tensors[name] = []
@@ -257,9 +258,12 @@ class Binder:
                 bucket.stacks[name] = stack
             else:
                 extra = group["extra"]
+                if name in joint:
+                    same = (other["extra"] for other in self.groups if other["recipe"] == group["recipe"])
+                    extra |= next(({name: held[name]} for held in same if name in held), {})
                 if name not in extra:
-                    dtype = slot.dtype or work_dtype(bucket.dtype)
-                    extra[name] = torch.full(slot.shape, slot.fill, dtype=dtype, device=bucket.device)
+                    dtype, device = slot.dtype or work_dtype(bucket.dtype), "cpu" if name in joint else bucket.device
+                    extra[name] = torch.full(slot.shape, slot.fill, dtype=dtype, device=device)
                 bucket.shared[name] = extra[name]
 
     def _kernel(self, bucket: Bucket) -> kernels.Kernel | None:

@@ -21,6 +21,8 @@ from guided_descent.engine import rounding
 from guided_descent.engine.binding import Binder, Plan
 from guided_descent.engine.buckets import Bucket, Slice
 from guided_descent.engine.compiled import Compiled
+from guided_descent.engine.hessian import Diagonal
+from guided_descent.engine.joint import check_joint
 from guided_descent.engine.observing import Observer
 from guided_descent.engine.policies import PATIENCE, NonFiniteError, all_finite, culprits
 from guided_descent.engine.refresh import Refresher
@@ -83,6 +85,7 @@ class Engine:
         self.compiled: Compiled | None = None
         self.refresher = Refresher(self)
         self.observer: Observer | None = None
+        self.diagonal = Diagonal(self)
         self.process_group: Any = None  # the ranks of a DistributedDataParallel model
         self.objective: Any = None  # what the running step was given
 
@@ -116,6 +119,7 @@ class Engine:
         self.refresher.forget()
         if self.observer is not None:
             self.observer.arm()
+        self.diagonal.arm()
 
     # -- one step --------------------------------------------------------------------------------------------------
 
@@ -127,6 +131,7 @@ class Engine:
                 loss = closure()
         plan = self.bind()
         self._check_groups()
+        check_joint(plan, self.groups)
         gradients = self._gradients(plan)
         plan = self.bind_current()
         active = [i for i, g in enumerate(gradients) if g is not None]
@@ -135,6 +140,8 @@ class Engine:
         self.objective = closure
         steps = self.groups[0]["steps"]
         try:
+            if active:
+                self.diagonal.complete(gradients, closure)
             self._update(plan, gradients, active, closure)
             if judging and closure is not None and loss is not None and self.groups[0]["steps"] > steps:
                 self._judge(judging, closure, _number(loss))
@@ -144,6 +151,7 @@ class Engine:
             self.notes.clear()
             if self.observer is not None:
                 self.observer.arm()
+            self.diagonal.arm()
 
     def _update(
         self,
@@ -152,7 +160,7 @@ class Engine:
         active: list[int],
         closure: Callable[[], Any] | None,
     ) -> None:
-        if not active or not self._finite(plan, gradients, active):
+        if not active or not self._finite(plan, gradients, active, self.diagonal.reduce()):
             return
         if self.observer is None and any(bucket.parts.layer_io for bucket in plan.buckets):
             raise RuntimeError(
@@ -162,7 +170,7 @@ class Engine:
         if probes > 1:
             gradients = self._probe(plan, gradients, closure, probes)
             active = [i for i, g in enumerate(gradients) if g is not None]
-            if not active or not self._finite(plan, gradients, active):
+            if not active or not self._finite(plan, gradients, active, {}):
                 return
         if self.observer is not None:
             self.observer.reduce()
@@ -229,19 +237,24 @@ class Engine:
                 self.forget()
         return gradients
 
-    def _finite(self, plan: Plan, gradients: Sequence[Tensor | None], active: Sequence[int]) -> bool:
+    def _finite(
+        self, plan: Plan, gradients: Sequence[Tensor | None], active: Sequence[int], curvature: Mapping[int, Tensor]
+    ) -> bool:
+        """Whether gradients and curvature, by parameter, may be used; if not, the policy has had its way."""
         policy = self.groups[0]["nonfinite"]
         if policy == "ignore":
             return True
-        present = [g for g in gradients if g is not None]
+        present = [g for g in gradients if g is not None] + list(curvature.values())
+        active = [*active, *curvature]
         if all_finite(present, self.work):
             self.skipped_in_row = 0
             return True
-        names = [plan.parameters[active[i]].name for i in culprits(present)]
+        names = list(dict.fromkeys(plan.parameters[active[i]].name for i in culprits(present)))
+        what = "gradient or curvature" if curvature else "gradient"
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         if policy == "raise":
             raise NonFiniteError(
-                f"non-finite gradient in {shown} at step {self.groups[0]['steps'] + 1}: nothing was changed; lower the "
+                f"non-finite {what} in {shown} at step {self.groups[0]['steps'] + 1}: nothing was changed; lower the "
                 "learning rate, clip, or use nonfinite='skip'"
             )
         self.skipped_in_row += 1
@@ -356,7 +369,8 @@ class Engine:
             w.bucket.kernel.run(w.slice.p, w.gradients, w.slice.state, h, step, w.bucket.scales)
             return
         w.batch = self._begin(w)
-        if self.compiled is not None and w.step > 2 and w.batch.seen is None:
+        fresh = w.batch.seen is not None or w.batch.curvature is not None
+        if self.compiled is not None and w.step > 2 and not fresh:
             w.batch.w = self._open(w)
             w.batch.ticks = self.compiled.run(w.slice, w.parts, w.batch.g, w.batch.w, h, w.step)
         else:
@@ -378,8 +392,9 @@ class Engine:
             if part.multiplies:
                 found[part]["products"] = self._products(part, [w for w in waiting if w.parts[w.position] == part])
         for part, total in found.items():
-            for group in {w.bucket.group for w in waiting if w.parts[w.position] == part}:
-                part.combine(total, self.groups[group]["extra"], self.groups[group])
+            groups = sorted({w.bucket.group for w in waiting if w.parts[w.position] == part}, reverse=True)
+            for group in {self.groups[i]["recipe"] if part.joint else i: self.groups[i] for i in groups}.values():
+                part.combine(total, group["extra"], group)
         return found
 
     def _products(self, part: Part, works: Sequence[Work]) -> Tensor:
@@ -424,21 +439,21 @@ class Engine:
             g = converted.neg_() if group["maximize"] else converted
 
         def read() -> Rows:
-            if not piece.half:
-                return piece.p
-            return piece.scratch(f"parameter{tag}", work).copy_(piece.p)
+            return self._load(w, f"parameter{tag}") if piece.half else piece.p
 
-        return Batch(
+        x = Batch(
             g=g,
             p=read,
             blocks=piece.blocks,
-            scratch=lambda name: piece.scratch(f"{name}{tag}", work),
+            scratch=lambda name: piece.scratch(name + tag if name == "direction" else name, work),
             step=float(w.step),
             first=w.step == 1,
             work=work,
             seed=group["seed"],
             seen=self.observer.seen_by(piece.blocks) if self.observer is not None else None,
         )
+        self.diagonal.show(x, w)
+        return x
 
     def _advance(self, w: Work, totals: Totals) -> None:
         """Run parts up to the next one that still lacks its total."""
@@ -467,10 +482,12 @@ class Engine:
 
     def _open(self, w: Work) -> Rows:
         """The parameters to write: themselves, or a float32 working copy of half-precision ones."""
-        if not w.slice.half:
-            return w.slice.p
+        return self._load(w, "written") if w.slice.half else w.slice.p
+
+    def _load(self, w: Work, tag: str) -> Rows:
+        """Half-precision parameters in float32, with what their rounding keeps."""
         mode = self.groups[w.bucket.group]["rounding"]
-        copy = w.slice.scratch("written", self.work)
+        copy = w.slice.scratch(tag, self.work)
         for row, p, extra in zip(copy.list, w.slice.p.list, self._extras(w, mode)):
             rounding.load(row, p, extra, mode)
         return copy

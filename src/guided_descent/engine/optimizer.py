@@ -186,14 +186,19 @@ class Optimizer(torch.optim.Optimizer):
         self._engine.note(kind, values)
 
     def due(self, what: str = "curvature") -> bool:
-        """Whether the passes before the next step feed curvature estimates, so that ``curvature_pass`` is wanted.
+        """Whether the passes before the next step feed curvature estimates, so that a curvature pass is wanted.
+
+        Args:
+            what: ``curvature`` for any of them, ``hessian`` for those that ``hessian_pass`` feeds.
 
         Raises:
             ValueError: ``what`` is something else.
         """
-        if what != "curvature":
-            raise ValueError(f"due({what!r}): there is only 'curvature'")
-        return self._engine.observer is not None and self._engine.observer.armed
+        sources = {"curvature": ("hessian", "labels"), "hessian": ("hessian",)}
+        if what not in sources:
+            raise ValueError(f"due({what!r}): choose one of {', '.join(map(repr, sources))}")
+        reads = what == "curvature" and self._engine.observer is not None and self._engine.observer.armed
+        return reads or self._engine.diagonal.due(*sources[what])
 
     def curvature_pass(self, out: Any, loss: Any = None) -> None:
         """Backpropagate sampled labels from the model's output, before the real backward pass; nothing else changes.
@@ -207,10 +212,33 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: The recipe reads no layers.
         """
-        if self._engine.observer is None:
-            raise RuntimeError("curvature_pass: no recipe of this optimizer reads layers")
-        if self._engine.observer.armed:
-            self._engine.observer.capture.curvature_pass(out, loss)
+        observer, diagonal = self._engine.observer, self._engine.diagonal
+        samples = any(recipe.samples_labels for recipe in self._recipes)
+        if observer is None and not samples:
+            raise RuntimeError("curvature_pass: no recipe of this optimizer reads layers or samples labels")
+        if observer is not None and observer.armed:
+            observer.capture.curvature_pass(out, loss)
+        if samples:
+            diagonal.curvature_pass(out, loss)
+
+    def hessian_pass(self, loss: Tensor) -> None:
+        """Multiply the Hessian of the loss by a random probe, before ``loss.backward()``; nothing else changes.
+
+        With micro-batches give each loss as you backpropagate it, divided by their number: products add up as gradients
+        do. With a ``GradScaler`` give the loss before it is scaled. Where ``due("hessian")`` does not hold it does
+        nothing; where it does, the forward pass must have a second derivative, which fused attention and
+        ``torch.compile`` have not.
+
+        Args:
+            loss: The loss, one element with its graph.
+
+        Raises:
+            RuntimeError: No recipe reads the Hessian, or the graph has no second derivative.
+            TypeError: The loss is something else.
+        """
+        if not self._engine.diagonal.reads("hessian"):
+            raise RuntimeError("hessian_pass: no recipe of this optimizer reads the Hessian's diagonal")
+        self._engine.diagonal.add_hessian(loss)
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 

@@ -13,6 +13,17 @@ from guided_descent.parts.adaptive import (
 )
 from guided_descent.parts.base import ORDER, Batch, Found, Hyper, Needs, Part, Parts, Policy, Slot, State, Task
 from guided_descent.parts.decay import ALL_DECAYS, DECAYS, L2, CautiousDecay, Decoupled, FrankWolfe
+from guided_descent.parts.diagonal import ClippedNewton, Curved, HessianMoments
+from guided_descent.parts.distance import (
+    Adapted,
+    DAdaptDual,
+    DAdaptMoments,
+    Distance,
+    DistanceByLayer,
+    DistanceOverGradients,
+    ProdigyMoments,
+    SlicedProdigy,
+)
 from guided_descent.parts.estimate import AdamMoments, Ema, LionMomentum, Moments, Momentum, NadamMoments, Velocity
 from guided_descent.parts.factored import (
     AdafactorRoot,
@@ -62,6 +73,7 @@ __all__ = [
     "AdafactorRoot",
     "AdamMoments",
     "AdanMoments",
+    "Adapted",
     "AdoptMoments",
     "AngleMoments",
     "Batch",
@@ -72,12 +84,19 @@ __all__ = [
     "CautiousDecay",
     "CellMoments",
     "ClipUpdate",
+    "ClippedNewton",
     "Confidence",
     "CorrectedGradient",
     "CoverMaxima",
+    "Curved",
+    "DAdaptDual",
+    "DAdaptMoments",
     "Decoupled",
     "Descend",
     "Displace",
+    "Distance",
+    "DistanceByLayer",
+    "DistanceOverGradients",
     "Eigenbasis",
     "Ema",
     "Exponential",
@@ -87,6 +106,7 @@ __all__ = [
     "GradientSigns",
     "GrowthLimit",
     "HAbs",
+    "HessianMoments",
     "Hyper",
     "InverseTime",
     "LarsRatio",
@@ -108,6 +128,7 @@ __all__ = [
     "Parts",
     "Polar",
     "Policy",
+    "ProdigyMoments",
     "ProjectedScale",
     "ProximalDecay",
     "QuotientMomentum",
@@ -118,6 +139,7 @@ __all__ = [
     "Rows",
     "Sign",
     "SignLmo",
+    "SlicedProdigy",
     "Slot",
     "Slow",
     "SpectralLmo",

@@ -114,6 +114,13 @@ class Policy:
     crowded: int = 0
 
 
+def generator(seed: int, name: str, step: int, salt: str, device: torch.device) -> torch.Generator:
+    """A random generator that is a function of these alone."""
+    text = f"{seed}/{name}/{step}/{salt}"
+    number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
+    return torch.Generator(device=device).manual_seed(number)
+
+
 class Batch:
     """The ``x`` of a part: blocks of one group that share shape, dtype, step and device, ready for arithmetic.
 
@@ -127,9 +134,13 @@ class Batch:
         lr_scale: Multiplier of the learning rate.
         wd_scale: Multiplier of the weight decay; one for each row where the pieces of the blocks differ.
         eps_scale: Multiplier of eps.
+        rate: What the learning rate of the decay is to be multiplied by, set by a part that finds learning rates.
         seen: What ``observe`` gathered from the layers for this step, stacked ``[B, ...]``, with ``seen["count"]`` [B]
             the number of backward passes; ``None`` where no block has seen anything. A block that saw nothing has
             zeros.
+        curvature: What ``Part.curvature`` names, from the passes before this step, free to be overwritten; ``None``
+            where none was wanted.
+        labels: The number of labels in it, where labels were drawn.
         work: Scratch memory.
     """
 
@@ -158,8 +169,11 @@ class Batch:
         scales = [block.wd_scale * piece.wd_scale for block in blocks for piece in block.pieces]
         self.wd_scale: float | list[float] = scales[0] if len(set(scales)) == 1 else scales
         self.eps_scale = block.eps_scale
+        self.rate: Number = 1.0
         self.work = work
         self.seen = seen
+        self.curvature: Rows | None = None
+        self.labels = 0
         self.held = False
         self.ticks: dict[str, int | Sequence[int]] = {}
         self._seed = seed
@@ -267,9 +281,8 @@ class Batch:
 
         With ``shared`` the block's name is left out: all batches draw the same, however blocks are batched.
         """
-        text = f"{self._seed}/{'' if shared else self.blocks[0].key}/{int(self.step)}/{salt}"
-        number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
-        return torch.Generator(device=self.g.list[0].device).manual_seed(number)
+        name = "" if shared else self.blocks[0].key
+        return generator(self._seed, name, int(self.step), salt, self.g.list[0].device)
 
     def _direction(self) -> Rows:
         if self._scratch is None:
@@ -289,12 +302,15 @@ class Part:
     - ``needs``: what it asks of the training loop.
     - ``reads_gradient``: whether its slow work reads the gradient of the step. It then runs before the update, and
       ``inputs`` finds the gradient of its rows as ``s["gradient"]``, ``[B, m, n]``, in scratch memory.
+    - ``joint``: whether its group state is one for all groups of a recipe: 0-d tensors on the CPU, which ``combine``
+      advances once in a step with the numbers of the first group; see ``agrees``.
     """
 
     slot: ClassVar[str] = "estimate"
     unit: ClassVar[Unit] = "element"
     needs: ClassVar[Needs] = Needs()
     reads_gradient: ClassVar[bool] = False
+    joint: ClassVar[bool] = False
     place: str = field(default="", kw_only=True)
 
     @property
@@ -333,7 +349,14 @@ class Part:
         raise TypeError(f"{type(self).__name__} does not define update")
 
     def sums(self, x: Batch, s: State, h: Hyper) -> dict[str, Tensor]:
-        """Scalars that the engine adds over all batches, groups and ranks before ``update`` gets them as ``total``."""
+        """Scalars that the engine adds over all batches, groups and ranks before ``update`` gets them as ``total``.
+
+        Called once in a step, so that it may advance the state on its way.
+        """
+        return {}
+
+    def agrees(self, h: Hyper) -> Mapping[str, Any]:
+        """Numbers in which the groups that share its state must agree, by name; for parts that are ``joint``."""
         return {}
 
     @property
@@ -358,11 +381,20 @@ class Part:
     def probe(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Write the displacement at which the next gradient is taken; for parts with ``needs.evaluations > 1``."""
 
-    # -- what the layers tell ----------------------------------------------------------------------------------------
+    # -- what the passes tell ----------------------------------------------------------------------------------------
+
+    @property
+    def curvature(self) -> str:
+        """The estimate of the curvature's diagonal that it reads as ``x.curvature``; ``""`` is none.
+
+        ``rademacher`` or ``normal``: ``z * (H z)`` with the Hessian H of the loss and a random z of +-1, or normal.
+        ``labels``: the gradient of the mean loss at labels drawn from the model, of which there are ``x.labels``.
+        """
+        return ""
 
     def observes(self, h: Hyper, step: int) -> bool:
-        """Whether it wants to see the layers in the passes that lead to update number ``step``."""
-        return self.needs.layer_io
+        """Whether it wants to see the layers, or the curvature, in the passes that lead to update number ``step``."""
+        return self.needs.layer_io or bool(self.curvature)
 
     def turns(self, h: Hyper) -> int:
         """Steps over which its blocks take turns to be observed, balanced by ``capture_flops``; 1: all in one step.
@@ -459,6 +491,8 @@ class Parts:
         units = [part.unit for part in self._parts]
         self.unit: Unit = "matrix" if "matrix" in units else "block" if "block" in units else "element"
         self.judging = tuple(part for part in self._parts if type(part).judges is not Part.judges)
+        self.curvature = tuple(part for part in self._parts if part.curvature)
+        self.joint = tuple(part for part in self._parts if part.joint)
         self.layer_io = any(part.needs.layer_io for part in self._parts)
         self.evaluations = max((part.needs.evaluations for part in self._parts), default=1)
 

@@ -45,7 +45,8 @@ class Decoupled(Part):
     learning rate. ``lr_peak`` is ``initial_lr`` where a scheduler has set it, else the learning rate that the group was
     made with. With ``corrected`` it is ``1 - (lr / lr_peak) lr wd``, under which the size of normalised weights stays
     the same along a schedule. Source: Loshchilov and Hutter 2017, 1711.05101 (the paper's form is the independent one);
-    Defazio 2025, 2506.02285 (corrected).
+    Defazio 2025, 2506.02285 (corrected). Where a part finds the learning rate itself, lr is lr times ``x.rate``, and
+    the independent decay stays as it is.
     """
 
     slot: ClassVar[str] = "decay_before"
@@ -74,7 +75,9 @@ class Decoupled(Part):
         rate: Number = h[self.lr]
         if self.independent or self.corrected:
             relative = _share(rate, h.get("initial_lr", h["peak_lr"]))
-            rate = relative * rate if self.corrected else relative
+            rate = relative * rate * x.rate if self.corrected else relative
+        else:
+            rate = rate * x.rate
         return _times(rate * h[self.weight_decay], x.wd_scale)
 
 

@@ -3,6 +3,8 @@
 from guided_descent.recipes.adam import AdaBelief, Adam, AdamAtan2, AdamW, AMSGrad, Grams, LaProp, NAdam, NAdamW, Yogi
 from guided_descent.recipes.adaptive import Adadelta, Adagrad, Adamax, RAdam, RMSprop
 from guided_descent.recipes.base import REGISTRY, Constraint, Info, Recipe, hyper, lookup, recipe, static
+from guided_descent.recipes.diagonal import AdaHessian, SophiaG, SophiaH
+from guided_descent.recipes.distance import DAdaptAdam, DAdaptSGD, DoG, DoWG, LDoG, Prodigy
 from guided_descent.recipes.factored import CAME, SM3, Adafactor, AdamMini
 from guided_descent.recipes.kfac import EKFAC, FOOF, KFAC
 from guided_descent.recipes.layerwise import CLARS, LAMB, LARS, NormalizedSGD, NovoGrad
@@ -44,6 +46,7 @@ __all__ = [
     "APOLLOMini",
     "AdEMAMix",
     "AdaBelief",
+    "AdaHessian",
     "AdaMuon",
     "Adadelta",
     "Adafactor",
@@ -55,6 +58,10 @@ __all__ = [
     "Adamax",
     "Adan",
     "Constraint",
+    "DAdaptAdam",
+    "DAdaptSGD",
+    "DoG",
+    "DoWG",
     "ECShampoo",
     "Fira",
     "GaLore",
@@ -62,6 +69,7 @@ __all__ = [
     "Hyperball",
     "Info",
     "KLShampoo",
+    "LDoG",
     "LaProp",
     "Lion",
     "Madam",
@@ -80,6 +88,7 @@ __all__ = [
     "PSGDDiagonal",
     "PSGDKron",
     "PSGDLowRank",
+    "Prodigy",
     "RAdam",
     "RMSprop",
     "Recipe",
@@ -88,6 +97,8 @@ __all__ = [
     "Shampoo",
     "SignSGD",
     "Signum",
+    "SophiaG",
+    "SophiaH",
     "SpectralDescent",
     "Yogi",
     "hyper",

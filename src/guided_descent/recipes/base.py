@@ -167,14 +167,16 @@ class Recipe:
     Class attributes: ``key`` (set by the registry), ``revision`` (bumped when the mathematics changes, compared on
     load), ``matrix`` (whether blocks that are no matrices need another recipe), ``reads_layers`` (whether it needs the
     inputs and output gradients of layers, so that a model is needed and a layer that cannot be read goes to ``aux``),
-    ``joins_bias`` (whether weight and bias of a layer are one block ``[W | b]``) and ``parametrization`` (the name of
-    the one that it is made for, see ``scaling``).
+    ``samples_labels`` (whether it needs gradients at labels drawn from the model, and so the loss), ``joins_bias``
+    (whether weight and bias of a layer are one block ``[W | b]``) and ``parametrization`` (the name of the one that it
+    is made for, see ``scaling``).
     """
 
     key: ClassVar[str] = ""
     revision: ClassVar[int] = 1
     matrix: ClassVar[bool] = False
     reads_layers: ClassVar[bool] = False
+    samples_labels: ClassVar[bool] = False
     joins_bias: ClassVar[bool] = False
     parametrization: ClassVar[str] = ""
 
