@@ -156,6 +156,11 @@ def _needs(made: Recipe, parts: Parts) -> tuple[str, ...]:
         found.append("the model and the name of its loss" if sampled else "the model")
     if parts.evaluations > 1:
         found.append(f"step(closure): {parts.evaluations} gradients in a step")
+    kinds = {part.curvature for part in parts if part.curvature}
+    if kinds == {"labels"}:
+        found.append("the model and the name of its loss")
+    elif kinds:
+        found.append("loss.backward(create_graph=optimizer.due('hessian'))")
     if any(part.multiplies for part in parts):
         found.append("step(objective)")
     return tuple(found)

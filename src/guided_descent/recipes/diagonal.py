@@ -10,7 +10,14 @@ from guided_descent.recipes.base import Recipe, decay_kind, hyper, recipe, stati
 from guided_descent.routing.roles import Block
 
 
-@recipe("adahessian", paper="Yao et al. 2020, arXiv:2006.00719", family="curvature")
+@recipe(
+    "adahessian",
+    paper="Yao et al. 2020, arXiv:2006.00719",
+    family="curvature",
+    use="small models where curvature by element pays for a second backward",
+    avoid="models whose attention kernels have no second derivative",
+    start="lr 0.15",
+)
 @dataclass(frozen=True, kw_only=True)
 class AdaHessian(Recipe):
     """Adam that divides by the root mean square of the Hessian's diagonal, at the price of a second backward pass.
@@ -53,7 +60,14 @@ class Sophia(Recipe):
     decay: str = decay_kind()
 
 
-@recipe("sophia_h", paper="Liu et al. 2023, arXiv:2305.14342", family="curvature")
+@recipe(
+    "sophia_h",
+    paper="Liu et al. 2023, arXiv:2305.14342",
+    family="curvature",
+    use="language models, by the diagonal of the Hessian every ten steps",
+    avoid="losses whose second derivative is not defined in the kernels used",
+    start="0.8 of AdamW's lr, betas (0.965, 0.99), decay 0.2",
+)
 @dataclass(frozen=True, kw_only=True)
 class SophiaH(Sophia):
     """Momentum over the Hessian's diagonal, clipped element by element, with a product ``H z`` every tenth step.
@@ -71,7 +85,14 @@ class SophiaH(Sophia):
         return Parts(ClippedNewton(estimate=self.probe), DECAYS[self.decay], Descend())
 
 
-@recipe("sophia_g", paper="Liu et al. 2023, arXiv:2305.14342", family="curvature")
+@recipe(
+    "sophia_g",
+    paper="Liu et al. 2023, arXiv:2305.14342",
+    family="curvature",
+    use="classification and language models, by sampled labels every ten steps",
+    avoid="losses that no label can be drawn from",
+    start="0.8 of AdamW's lr, rho 0.04, decay 0.2",
+)
 @dataclass(frozen=True, kw_only=True)
 class SophiaG(Sophia):
     """Momentum over the diagonal of the Gauss-Newton matrix, clipped element by element, with drawn labels.

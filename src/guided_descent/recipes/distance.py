@@ -32,7 +32,14 @@ class Adaptive(Recipe):
     growth_rate: float = hyper(math.inf, ge=1, help="most that the estimate grows by in a step, as a factor")
 
 
-@recipe("prodigy", paper="Mishchenko and Defazio 2023, arXiv:2306.06101", family="learning-rate-free")
+@recipe(
+    "prodigy",
+    paper="Mishchenko and Defazio 2023, arXiv:2306.06101",
+    family="learning-rate-free",
+    use="fine-tuning and first runs of which no rate is known",
+    avoid="the last percent: a tuned AdamW is better",
+    start="lr 1 with a cosine; d_coef 0.5 to 2 if it is off",
+)
 @dataclass(frozen=True, kw_only=True)
 class Prodigy(Adaptive):
     """Adam that finds its learning rate from how far the way so far goes along the gradients.
@@ -67,7 +74,14 @@ class Prodigy(Adaptive):
         return Parts(ALL_DECAYS[self.decay], moments, Descend())
 
 
-@recipe("dadapt_adam", paper="Defazio and Mishchenko 2023, arXiv:2301.07733", family="learning-rate-free")
+@recipe(
+    "dadapt_adam",
+    paper="Defazio and Mishchenko 2023, arXiv:2301.07733",
+    family="learning-rate-free",
+    use="a first rate for AdamW without a search",
+    avoid="prodigy adapts faster",
+    start="lr 1",
+)
 @dataclass(frozen=True, kw_only=True)
 class DAdaptAdam(Adaptive):
     """Adam that finds its learning rate by D-Adaptation, the method before Prodigy; its estimate grows more slowly.
@@ -87,7 +101,14 @@ class DAdaptAdam(Adaptive):
         return Parts(ALL_DECAYS[self.decay], DAdaptMoments(bias_correction=self.bias_correction), Displace())
 
 
-@recipe("dadapt_sgd", paper="Defazio and Mishchenko 2023, arXiv:2301.07733", family="learning-rate-free")
+@recipe(
+    "dadapt_sgd",
+    paper="Defazio and Mishchenko 2023, arXiv:2301.07733",
+    family="learning-rate-free",
+    use="a first rate for SGD without a search",
+    avoid="transformers",
+    start="lr 1",
+)
 @dataclass(frozen=True, kw_only=True)
 class DAdaptSGD(Adaptive):
     """SGD that finds its learning rate by D-Adaptation, as dual averaging from the start p0.
@@ -114,7 +135,14 @@ class Measured(Recipe):
     weight_decay: float = hyper(0.0, ge=0, help="decay, coupled: wd p joins the gradient")
 
 
-@recipe("dog", paper="Ivgi, Hinder and Carmon 2023, arXiv:2302.12022", family="learning-rate-free")
+@recipe(
+    "dog",
+    paper="Ivgi, Hinder and Carmon 2023, arXiv:2302.12022",
+    family="learning-rate-free",
+    use="SGD without a rate, on fine-tuning above all",
+    avoid="transformers from scratch",
+    start="lr 1, with an average of the weights",
+)
 @dataclass(frozen=True, kw_only=True)
 class DoG(Measured):
     """SGD whose learning rate is the distance from the start over the root of the squared gradients.
@@ -129,7 +157,14 @@ class DoG(Measured):
         return Parts(L2(), DistanceOverGradients(), Descend())
 
 
-@recipe("ldog", paper="Ivgi, Hinder and Carmon 2023, arXiv:2302.12022", family="learning-rate-free")
+@recipe(
+    "ldog",
+    paper="Ivgi, Hinder and Carmon 2023, arXiv:2302.12022",
+    family="learning-rate-free",
+    use="dog, where layers differ in scale",
+    avoid="networks with layers that begin at zero",
+    start="lr 1, with an average of the weights",
+)
 @dataclass(frozen=True, kw_only=True)
 class LDoG(Measured):
     """DoG with a distance and a learning rate for each tensor.
@@ -143,7 +178,14 @@ class LDoG(Measured):
         return Parts(L2(), DistanceByLayer(), Descend())
 
 
-@recipe("dowg", paper="Khaled, Mishchenko and Jin 2023, arXiv:2305.16284", family="learning-rate-free")
+@recipe(
+    "dowg",
+    paper="Khaled, Mishchenko and Jin 2023, arXiv:2305.16284",
+    family="learning-rate-free",
+    use="dog that adapts faster on smooth problems",
+    avoid="noisy late phases without an average",
+    start="lr 1",
+)
 @dataclass(frozen=True, kw_only=True)
 class DoWG(Measured):
     """DoG that weighs gradients by the distance at their time, so that its steps grow faster.
