@@ -28,6 +28,8 @@ KLShampoo = class_of(recipes.KLShampoo)
 Shampoo = class_of(recipes.Shampoo)
 SINGD = class_of(recipes.SINGD)
 SOAP = class_of(recipes.SOAP)
+Dion = class_of(recipes.Dion)
+Dion2 = class_of(recipes.Dion2)
 AdaMuon = class_of(recipes.AdaMuon)
 Moonlight = class_of(recipes.Moonlight)
 MuonClip = class_of(recipes.MuonClip)
@@ -85,6 +87,8 @@ __all__ = [
     "AdamW",
     "Adamax",
     "Adan",
+    "Dion",
+    "Dion2",
     "ECShampoo",
     "Grams",
     "KLShampoo",

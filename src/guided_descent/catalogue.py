@@ -102,12 +102,14 @@ def _hyperparameter(item: dataclasses.Field[Any], made: Recipe) -> dict[str, Any
     meta = item.metadata
     if not meta:
         value = getattr(made, item.name)
-        default = (
-            f"{value.label}(lr={value.values()['lr']})" if isinstance(value, Recipe) else "adamw with the same numbers"
-        )
+        given = isinstance(value, Recipe)
+        aux = value if given else made.default_aux()
+        rate = aux.values()["lr"]
+        shared = not given and rate == made.values()["lr"]
+        default = f"{aux.label} with the same numbers" if shared else f"{aux.label}(lr={rate})"
         return {"name": item.name, "default": default, "rule": "", "help": "recipe of the blocks that are no matrices"}
-    if meta["kind"] == "static":
-        rule = " | ".join(map(str, meta["of"])) if meta["of"] else ""
+    if meta["kind"] == "static" and meta["of"]:
+        rule = " | ".join(map(str, meta["of"]))
     else:
         rule = ", ".join(f"{signs[name]} {bound:g}" for name, bound in meta["bounds"].items())
     return {"name": item.name, "default": item.default, "rule": rule, "help": meta["help"]}

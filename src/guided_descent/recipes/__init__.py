@@ -3,6 +3,7 @@
 from guided_descent.recipes.adam import AdaBelief, Adam, AdamAtan2, AdamW, AMSGrad, Grams, LaProp, NAdam, NAdamW, Yogi
 from guided_descent.recipes.adaptive import Adadelta, Adagrad, Adamax, RAdam, RMSprop
 from guided_descent.recipes.base import REGISTRY, Constraint, Info, Recipe, hyper, lookup, recipe, static
+from guided_descent.recipes.dion import Dion, Dion2
 from guided_descent.recipes.kfac import EKFAC, FOOF, KFAC
 from guided_descent.recipes.layerwise import LAMB, LARS, NormalizedSGD, NovoGrad
 from guided_descent.recipes.memory import ADOPT, MARS, Adan, AdEMAMix
@@ -44,6 +45,8 @@ __all__ = [
     "Adamax",
     "Adan",
     "Constraint",
+    "Dion",
+    "Dion2",
     "ECShampoo",
     "Grams",
     "Info",

@@ -56,15 +56,21 @@ def hyper(
     return field(default=default, metadata=meta)
 
 
-def static(default: Any, *, of: Iterable[Any] | None = None, help: str = "") -> Any:
+def static(
+    default: Any, *, of: Iterable[Any] | None = None, gt: float | None = None, le: float | None = None, help: str = ""
+) -> Any:
     """A choice of structure, recorded in the param group; changing it later raises.
 
     Args:
         default: Value if none is given.
         of: The valid values; any value of the default's type if left out.
+        gt: Lower bound of a number, excluded.
+        le: Upper bound of a number, included.
         help: One line for ``describe``.
     """
-    return field(default=default, metadata={"kind": "static", "of": None if of is None else tuple(of), "help": help})
+    bounds = {name: bound for name, bound in (("gt", gt), ("le", le)) if bound is not None}
+    meta = {"kind": "static", "of": None if of is None else tuple(of), "bounds": bounds, "help": help}
+    return field(default=default, metadata=meta)
 
 
 def schedule() -> Any:
@@ -255,6 +261,8 @@ class Recipe:
             label = f"{name}={value!r} of {cls.key or cls.__name__}"
             if meta["kind"] == "static":
                 _check_choice(label, value, meta["of"], item.default)
+                if meta["bounds"]:
+                    _check_range(label, value, meta["bounds"], item.default)
             elif value is None:
                 if not meta["optional"]:
                     raise ValueError(f"{label} must be a number")

@@ -48,7 +48,10 @@ class Polar(Part):
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Replace each matrix of the direction by its polar factor; the length of the input does not matter."""
-        u = x.take().whole
+        self.factor(x, x.take().whole, h)
+
+    def factor(self, x: Batch, u: Tensor, h: Hyper) -> None:
+        """Write the polar factor of each matrix over it."""
         polar(
             u,
             coefficients=h[self.coefficients],
