@@ -5,7 +5,7 @@ from guided_descent.averaging import evaluating
 from guided_descent.build import RoutedOptimizer, build, class_of, optimizer
 from guided_descent.catalogue import describe, list_optimizers
 from guided_descent.engine.optimizer import Optimizer
-from guided_descent.engine.policies import NonFiniteError
+from guided_descent.engine.policies import NonFiniteError, RefusedError
 from guided_descent.explain import explain
 from guided_descent.routing import rule
 
@@ -109,6 +109,7 @@ __all__ = [
     "PSGDLowRank",
     "RAdam",
     "RMSprop",
+    "RefusedError",
     "RoutedOptimizer",
     "SPlus",
     "Shampoo",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from guided_descent.engine import rounding
+from guided_descent.engine.ballot import Ballot
 from guided_descent.engine.binding import Binder, Plan
 from guided_descent.engine.buckets import Bucket, Slice
 from guided_descent.engine.compiled import Compiled
@@ -52,6 +53,8 @@ class Work:
     parts: tuple[Part, ...]
     batch: Batch | None = None
     position: int = 0
+    tag: str = ""  # of its scratch
+    started: bool = False  # whether it has taken some
 
     @property
     def left(self) -> tuple[Part, ...]:
@@ -158,12 +161,19 @@ class Engine:
             raise RuntimeError(
                 "this copy of the optimizer watches no model: call optimizer.watch(model, loss=...) first"
             )
+        ballot = self._ballot(plan, gradients, active)
+        refusal = ballot.refusal()
+        if refusal is not None:
+            self._skip(refusal)
+            return
         probes = self._evaluations(plan)
         if probes > 1:
             gradients = self._probe(plan, gradients, closure, probes)
             active = [i for i, g in enumerate(gradients) if g is not None]
             if not active or not self._finite(plan, gradients, active):
                 return
+        self.skipped_in_row = 0
+        ballot.remember()
         if self.observer is not None:
             self.observer.reduce()
         active = self._whole(plan, gradients, active)
@@ -234,7 +244,6 @@ class Engine:
             return True
         present = [g for g in gradients if g is not None]
         if all_finite(present, self.work):
-            self.skipped_in_row = 0
             return True
         names = [plan.parameters[active[i]].name for i in culprits(present)]
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -243,15 +252,29 @@ class Engine:
                 f"non-finite gradient in {shown} at step {self.groups[0]['steps'] + 1}: nothing was changed; lower the "
                 "learning rate, clip, or use nonfinite='skip'"
             )
+        self._skip(
+            NonFiniteError(
+                f"{PATIENCE} steps in a row had non-finite gradients, now in {shown}: training cannot go on; look at "
+                "the loss and the data, lower the learning rate, or load the last checkpoint"
+            )
+        )
+        return False
+
+    def _skip(self, error: RuntimeError) -> None:
+        """Count a step that is left out; many in a row are an error."""
         self.skipped_in_row += 1
         for group in self.groups:
             group["skipped"] += 1
         if self.skipped_in_row >= PATIENCE:
-            raise NonFiniteError(
-                f"{PATIENCE} steps in a row had non-finite gradients, now in {shown}: training cannot go on; look at "
-                "the loss and the data, lower the learning rate, or load the last checkpoint"
-            )
-        return False
+            raise error
+
+    def _ballot(self, plan: Plan, gradients: Sequence[Tensor | None], active: Sequence[int]) -> Ballot:
+        """What the parts that may refuse the step find in its gradients; nothing is changed."""
+        ballot = Ballot(self.groups, plan.buckets)
+        for w in self._schedule(plan, gradients, active) if ballot else ():
+            for part in (part for part in w.parts if part.gauges):
+                ballot.add(part, part.gauge(self._batch(w), self.groups[w.bucket.group]))
+        return ballot
 
     def _check_groups(self) -> None:
         """Structure is fixed: a changed static key, or a momentum that was zero, is an error and not ignored."""
@@ -339,6 +362,8 @@ class Engine:
         waiting = staged
         while waiting:
             for w in waiting:
+                if not w.started and not any(part.has_sums and part not in totals for part in w.left):
+                    w.tag = ""  # it runs to its end at once: scratch need not be its own
                 self._advance(w, totals)
                 if w.ended:  # at once: the working copies of half-precision parameters share their scratch
                     self._finish(w)
@@ -422,16 +447,19 @@ class Engine:
             converted = piece.scratch(f"gradient{tag}", work).copy_(g)
             g = converted.neg_() if group["maximize"] else converted
 
-        def read() -> Rows:
-            if not piece.half:
-                return piece.p
-            return piece.scratch(f"parameter{tag}", work).copy_(piece.p)
+        def scratch(name: str) -> Rows:
+            w.started = True
+            return piece.scratch(f"{name}{w.tag}", work)
 
+        def read() -> Rows:
+            return scratch("parameter").copy_(piece.p) if piece.half else piece.p
+
+        w.tag, w.started = tag, False
         return Batch(
             g=g,
             p=read,
             blocks=piece.blocks,
-            scratch=lambda name: piece.scratch(f"{name}{tag}", work),
+            scratch=scratch,
             step=float(w.step),
             first=w.step == 1,
             work=work,
@@ -494,8 +522,9 @@ class Engine:
     def collect(self, piece: Slice, x: Batch) -> None:
         """Count the events of a batch."""
         for counter, each in x.ticks.items():
+            times = each.tolist() if isinstance(each, Tensor) else each
             for row, block in enumerate(piece.blocks):
-                self.count(block, counter, each if isinstance(each, int) else each[row])
+                self.count(block, counter, times if isinstance(times, int) else int(times[row]))
         x.ticks = {}
 
     def count(self, block: Block, counter: str, times: int = 1) -> None:

@@ -107,6 +107,7 @@ class Optimizer(torch.optim.Optimizer):
 
         Raises:
             NonFiniteError: The policy is ``raise``, or ``skip`` has skipped 25 steps in a row.
+            RefusedError: 25 steps in a row were skipped, the last one since a part refused it.
             RuntimeError: The optimizer is in evaluation mode.
         """
         if self.param_groups[0]["mode"] != "train":
@@ -145,7 +146,7 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def skipped(self) -> int:
-        """Steps skipped because of a non-finite gradient."""
+        """Steps skipped because of a non-finite gradient, or since a part refused them."""
         return int(self.param_groups[0]["skipped"])
 
     @property

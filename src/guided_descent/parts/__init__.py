@@ -12,6 +12,7 @@ from guided_descent.parts.adaptive import (
     YogiMoments,
 )
 from guided_descent.parts.base import ORDER, Batch, Found, Hyper, Needs, Part, Parts, Policy, Slot, State, Task
+from guided_descent.parts.clip import AGC, Centralize, ClipEach, ClipNorm, ClipUpdate, ClipValue
 from guided_descent.parts.decay import ALL_DECAYS, DECAYS, L2, CautiousDecay, Decoupled
 from guided_descent.parts.estimate import AdamMoments, Ema, LionMomentum, Moments, Momentum, NadamMoments, Velocity
 from guided_descent.parts.geometry import CARRIES, NS_DTYPES, Eigenbasis, Polar, Sign
@@ -21,9 +22,11 @@ from guided_descent.parts.memory import AdanMoments, AdoptMoments, CorrectedGrad
 from guided_descent.parts.rows import Rows
 from guided_descent.parts.scale import SCALES, InverseTime, MatrixScale
 from guided_descent.parts.slow import Slow
+from guided_descent.parts.spikes import AdaGC, SkipSpikes, ZClip
 from guided_descent.parts.step import Descend, Displace, writable
 
 __all__ = [
+    "AGC",
     "ALL_DECAYS",
     "CARRIES",
     "DECAYS",
@@ -31,6 +34,7 @@ __all__ = [
     "NS_DTYPES",
     "ORDER",
     "SCALES",
+    "AdaGC",
     "AdamMoments",
     "AdanMoments",
     "AdoptMoments",
@@ -39,6 +43,11 @@ __all__ = [
     "BeliefMoments",
     "Cautious",
     "CautiousDecay",
+    "Centralize",
+    "ClipEach",
+    "ClipNorm",
+    "ClipUpdate",
+    "ClipValue",
     "CorrectedGradient",
     "Decoupled",
     "Descend",
@@ -70,6 +79,7 @@ __all__ = [
     "RootRatio",
     "Rows",
     "Sign",
+    "SkipSpikes",
     "Slot",
     "Slow",
     "SquareAverage",
@@ -80,5 +90,6 @@ __all__ = [
     "TwoMomenta",
     "Velocity",
     "YogiMoments",
+    "ZClip",
     "writable",
 ]

@@ -44,6 +44,7 @@ WRITERS = frozenset({"decay_before", "step", "decay_after"})
 Unit: TypeAlias = Literal["element", "block", "matrix"]
 Hyper: TypeAlias = Mapping[str, Any]  # one group's numbers, by key
 State: TypeAlias = dict[str, Any]  # slot name -> Rows (parameter-shaped), stacked Tensor (factor) or 0-d Tensor (group)
+Count: TypeAlias = int | Sequence[int] | Tensor  # how often something happened to every block, or to each [B]
 Found: TypeAlias = Mapping[str, Tensor]  # results of slow work, by name, each [B, ...]
 Self = TypeVar("Self", bound="Part")
 
@@ -159,7 +160,7 @@ class Batch:
         self.work = work
         self.seen = seen
         self.held = False
-        self.ticks: dict[str, int | Sequence[int]] = {}
+        self.ticks: dict[str, Count] = {}
         self._seed = seed
         self._make = scratch
         self._scratch: Rows | None = None
@@ -231,7 +232,7 @@ class Batch:
         numbers: list[float] = values.tolist()
         return numbers[0] if len(set(numbers)) == 1 else numbers
 
-    def tick(self, counter: str, each: Sequence[int] | int = 1) -> None:
+    def tick(self, counter: str, each: Count = 1) -> None:
         """Count an event (an orthogonalisation, a refresh, a fallback) for every block, or by block."""
         self.ticks[counter] = each
 
@@ -320,6 +321,19 @@ class Part:
     def probe(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Write the displacement at which the next gradient is taken; for parts with ``needs.evaluations > 1``."""
 
+    # -- whether to step at all --------------------------------------------------------------------------------------
+
+    def gauge(self, x: Batch, h: Hyper) -> dict[str, Tensor]:
+        """Scalars of the raw gradients, added as in ``sums``, from which ``refuses`` judges before anything changes."""
+        return {}
+
+    def refuses(self, total: Mapping[str, Tensor], shared: State, h: Hyper) -> str:
+        """Why this step is to be left out, or nothing; it changes nothing itself.
+
+        A refused step is a skipped one. Where no part refuses, ``combine`` gets the total to remember.
+        """
+        return ""
+
     # -- what the layers tell ----------------------------------------------------------------------------------------
 
     def observes(self, h: Hyper, step: int) -> bool:
@@ -386,6 +400,11 @@ class Part:
     def scratch(self, block: Block) -> int:
         """Bytes of scratch for each block beside the direction; sizes the slices of a stacked batch."""
         return 0
+
+    @property
+    def gauges(self) -> bool:
+        """Whether it may refuse a step."""
+        return type(self).gauge is not Part.gauge
 
     @property
     def has_sums(self) -> bool:

@@ -1,18 +1,302 @@
-"""Clipping of updates by the length that a curvature gives them."""
+"""Clipping: of the gradient before anything sees it, of the update by its length, and by what curvature says.
+
+Works on any recipe: ``gd.build(model, recipe, add=[gd.parts.AGC()])``. A field that takes a number takes the name of a
+group key as well, which then may be scheduled. Each part counts what it has seen and what it has cut, under names such
+as ``norm_seen`` and ``norm_clipped``, so that ``optimizer.audit()`` tells the share that was clipped.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from itertools import accumulate
+from typing import ClassVar, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from guided_descent.parts.base import Batch, Hyper, Part, State
+from guided_descent.parts.base import Batch, Hyper, Part, State, Unit
 from guided_descent.parts.damping import inner
 from guided_descent.parts.rows import Number
-from guided_descent.routing.roles import Block
+from guided_descent.routing.roles import Block, Piece, Role
+
+T = TypeVar("T")
+Setting: TypeAlias = float | str  # a number, or the name of the group key that holds it
+
+
+@dataclass(frozen=True)
+class Clip(Part):
+    """What the parts below share: the slot before everything else, and fields that are positive numbers or keys."""
+
+    slot: ClassVar[str] = "clip"
+    #: Fields that hold a number or the name of a group key.
+    settings: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.settings:
+            value = getattr(self, name)
+            if not isinstance(value, str) and not value > 0:
+                raise ValueError(f"{name}={value!r} of {type(self).__name__} must be > 0, or the name of a group key")
+            if name == "beta" and not isinstance(value, str) and not value < 1:
+                raise ValueError(f"beta={value!r} of {type(self).__name__} must be < 1, or the name of a group key")
+        if getattr(self, "warmup", 1) < 1:
+            raise ValueError(f"warmup of {type(self).__name__} must be at least 1 step")
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Group keys it reads."""
+        values = (getattr(self, name) for name in self.settings)
+        return tuple(value for value in values if isinstance(value, str))
+
+    def flops(self, block: Block) -> float:
+        """About two per element."""
+        return 2.0 * block.numel
+
+
+def number(h: Hyper, setting: Setting) -> Number:
+    """The number that a field stands for."""
+    found: Number = h[setting] if isinstance(setting, str) else setting
+    return found
+
+
+def square(x: Batch) -> Tensor:
+    """The squared norm of the direction, a float64 scalar."""
+    return x.u.norms().double().square().sum() * x.factor**2
+
+
+def bounded(length: Tensor, bound: Number) -> Tensor:
+    """What shortens a length to a bound, ``min(1, bound / (length + 1e-6))`` as in torch."""
+    return (bound / (length + 1e-6)).clamp(max=1.0)
+
+
+def grouped(x: Batch, rows: Sequence[T]) -> list[Sequence[T]]:
+    """What belongs to the rows of a batch, block by block: the pieces of a block are rows of their own."""
+    ends = list(accumulate(len(block.pieces) for block in x.blocks))
+    return [rows[end - len(block.pieces) : end] for end, block in zip(ends, x.blocks)]
+
+
+def block_norms(x: Batch) -> Tensor:
+    """Norm of each block of the direction [B], over all its pieces, in float64."""
+    norms = x.u.norms().double() * x.factor
+    if len(norms) == len(x.blocks):
+        return norms
+    return torch.stack([torch.stack(list(each)).square().sum().sqrt() for each in grouped(x, norms.unbind())])
+
+
+def shorten(x: Batch, factors: Tensor) -> None:
+    """Multiply each block of the direction by its own factor [B]; free where all are one number."""
+    if len(x.u) != len(x.blocks):
+        pieces = torch.tensor([len(block.pieces) for block in x.blocks], device=factors.device)
+        factors = factors.repeat_interleave(pieces)
+    each = x.by_row(factors)
+    if isinstance(each, float):
+        x.scale(each)
+    else:
+        x.take().mul_(each)
+
+
+def count(x: Batch, name: str, clipped: list[Tensor], seen: list[int]) -> None:
+    """Count what was clipped in each row, and of how much."""
+    x.tick(f"{name}_clipped", torch.stack([torch.stack(list(each)).sum() for each in grouped(x, clipped)]))
+    x.tick(f"{name}_seen", [sum(each) for each in grouped(x, seen)])
+
+
+# -- by norms of the whole ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClipNorm(Clip):
+    """Global norm clipping: ``u <- u min(1, c / (n + 1e-6))`` with n the norm of all gradients.
+
+    The norm is summed over all tensors, groups and ranks that have this part, each counted once, in float64. Under
+    Adam it matters through bursts, under Muon through the share that a spike has of the momentum, under Lion hardly.
+    Counted as ``norm``, once for each parameter. Source: Pascanu, Mikolov and Bengio 2013, 1211.5063.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ("max_norm",)
+    max_norm: Setting = 1.0
+
+    def idle(self, h: Hyper) -> bool:
+        """Nothing to do without a bound."""
+        return math.isinf(number(h, self.max_norm))
+
+    def sums(self, x: Batch, s: State, h: Hyper) -> dict[str, Tensor]:
+        """The squared norm."""
+        return {"square": square(x)}
+
+    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """Shorten the gradient."""
+        factor = float(bounded(total["square"].sqrt(), number(h, self.max_norm)))
+        x.scale(factor)
+        x.tick("norm_seen")
+        x.tick("norm_clipped", int(factor < 1))
+
+
+# -- tensor by tensor --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClipEach(Clip):
+    """Norm clipping of each block by itself: ``u <- u min(1, c / (||u|| + 1e-6))``; it turns the whole gradient.
+
+    A block is a tensor, or one of several maps in it, where a recipe for matrices takes them apart. Counted as
+    ``each``.
+    """
+
+    unit: ClassVar[Unit] = "block"
+    settings: ClassVar[tuple[str, ...]] = ("max_norm",)
+    max_norm: Setting = 1.0
+
+    def idle(self, h: Hyper) -> bool:
+        """Nothing to do without a bound."""
+        return math.isinf(number(h, self.max_norm))
+
+    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """Measure and shorten."""
+        factors = bounded(block_norms(x), number(h, self.max_norm))
+        shorten(x, factors)
+        x.tick("each_seen")
+        x.tick("each_clipped", factors < 1)
+
+
+@dataclass(frozen=True)
+class ClipValue(Clip):
+    """Clipping of the elements of the gradient: ``u <- min(max(u, -c), c)``. Counted as ``value``, by elements."""
+
+    settings: ClassVar[tuple[str, ...]] = ("max_value",)
+    max_value: Setting = 1.0
+
+    def idle(self, h: Hyper) -> bool:
+        """Nothing to do without a bound."""
+        return math.isinf(number(h, self.max_value))
+
+    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """Cut."""
+        bound, u = number(h, self.max_value), x.take()
+        count(x, "value", [(row.abs() > bound).sum() for row in u.list], [row.numel() for row in u.list])
+        u.clamp_(-bound, bound)
+
+
+@dataclass(frozen=True)
+class ClipUpdate(Clip):
+    """Clipping of the update by its root mean square: ``u <- u / max(1, RMS(u) / d)``, block by block.
+
+    For directions whose elements should be about 1, before the learning rate and any decay beside the step, as in
+    Adafactor. Counted as ``update``. Source: Shazeer and Stern 2018, 1804.04235.
+    """
+
+    slot: ClassVar[str] = "scale"
+    unit: ClassVar[Unit] = "block"
+    settings: ClassVar[tuple[str, ...]] = ("max_rms",)
+    max_rms: Setting = 1.0
+
+    def idle(self, h: Hyper) -> bool:
+        """Nothing to do without a bound."""
+        return math.isinf(number(h, self.max_rms))
+
+    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """Measure and shorten."""
+        norms = block_norms(x)
+        roots = norms.new_tensor([max(block.numel, 1) ** 0.5 for block in x.blocks])
+        excess = norms / (roots * number(h, self.max_rms))
+        shorten(x, 1 / excess.clamp(min=1.0))
+        x.tick("update_seen")
+        x.tick("update_clipped", excess > 1)
+
+
+# -- row by row --------------------------------------------------------------------------------------------------------
+
+
+def places(x: Batch) -> list[tuple[Block, Piece]]:
+    """Block and piece of each row."""
+    return [(block, piece) for block in x.blocks for piece in block.pieces]
+
+
+def unit_axes(block: Block, piece: Piece) -> tuple[int, ...] | None:
+    """The axes of a piece, in its own layout, that one output of its map runs over; ``None``: all, for a vector.
+
+    For a matrix [out, in] it is 1, for a convolution [out, in, kh, kw] it is (1, 2, 3), for a stack of experts
+    [E, out, in] it is 2, and for a matrix stored [in, out] it is 0.
+    """
+    order = list(piece.perm or range(len(piece.shape)))
+    if sum(size != 1 for size in piece.shape) < 2:
+        return None
+    lead = math.prod(block.shape[:-1]) if block.is_matrix else piece.shape[order[0]]
+    kept = 1
+    while math.prod(piece.shape[axis] for axis in order[:kept]) < lead and kept < len(order) - 1:
+        kept += 1
+    return tuple(sorted(order[kept:]))
+
+
+def unit_norm(row: Tensor, axes: tuple[int, ...] | None, piece: Piece) -> Tensor:
+    """Norm over these axes, which are kept with length 1, in float32 at least."""
+    if axes is not None and row.ndim > len(piece.shape):  # a pair of reals
+        axes = (*axes, row.ndim - 1)
+    norm: Tensor = torch.linalg.vector_norm(row, dim=axes, keepdim=True)
+    return norm
+
+
+@dataclass(frozen=True)
+class AGC(Clip):
+    """Adaptive gradient clipping: no row of a gradient is longer than a part of its row of weights.
+
+    Row i, one output of its map (over (1, 2, 3) of a convolution; a vector is one row): with
+    ``c = clip max(||p_i||, floor)``, where ``||u_i|| > c`` it is ``u_i <- u_i c / max(||u_i||, 1e-6)``. Heads are left
+    alone, since the method was found to need that; ``head`` takes them too. Counted as ``agc``, by rows. Batches of
+    4096 take a ``clip`` of 0.01, smaller ones up to 0.16. Source: Brock et al. 2021, 2102.06171.
+    """
+
+    unit: ClassVar[Unit] = "block"
+    settings: ClassVar[tuple[str, ...]] = ("clip", "floor")
+    clip: Setting = 0.01
+    floor: Setting = 1e-3
+    head: bool = False
+
+    def idle(self, h: Hyper) -> bool:
+        """Nothing to do without a bound."""
+        return math.isinf(number(h, self.clip))
+
+    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """Measure and shorten, row by row."""
+        clipped, seen = [], []
+        for u, p, (block, piece) in zip(x.take().list, x.p.list, places(x)):
+            if block.role == Role.HEAD and not self.head:
+                clipped.append(torch.zeros((), dtype=torch.long, device=u.device))
+                seen.append(0)
+                continue
+            axes = unit_axes(block, piece)
+            norm = unit_norm(u, axes, piece)
+            bound = number(h, self.clip) * unit_norm(p, axes, piece).clamp(min=number(h, self.floor))
+            over = norm > bound
+            u.mul_(torch.where(over, bound / norm.clamp(min=1e-6), 1.0))
+            clipped.append(over.sum())
+            seen.append(over.numel())
+        count(x, "agc", clipped, seen)
+
+    def flops(self, block: Block) -> float:
+        """Five per element."""
+        return 5.0 * block.numel
+
+
+@dataclass(frozen=True)
+class Centralize(Clip):
+    """Gradient centralisation: each row of a gradient, one output of its map, loses its mean; vectors stay.
+
+    Source: Yong et al. 2020, 2004.01461.
+    """
+
+    unit: ClassVar[Unit] = "block"
+
+    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """Subtract the means."""
+        for u, (block, piece) in zip(x.take().list, places(x)):
+            axes = unit_axes(block, piece)
+            if axes is not None and u.numel():
+                u.sub_(u.mean(axes, keepdim=True))
+
+
+# -- by curvature ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

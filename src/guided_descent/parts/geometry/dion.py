@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,7 +14,7 @@ from torch._compile import _disable_dynamo
 from guided_descent.linalg.norms import full_float32
 from guided_descent.linalg.orthonormal import orthonormal
 from guided_descent.linalg.workspace import Workspace
-from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, Unit
+from guided_descent.parts.base import Batch, Count, Hyper, Part, Slot, State, Unit
 from guided_descent.parts.geometry.psgd import number
 from guided_descent.parts.geometry.spectral import Polar
 from guided_descent.routing.roles import Block
@@ -97,7 +97,7 @@ def _iterate(
     numbers: tuple[int, float | Tensor, float | Tensor | None],
     blocks: int,
     work: Workspace,
-    ticks: dict[str, int | Sequence[int]],
+    ticks: dict[str, Count],
 ) -> tuple[Tensor, Tensor]:
     """P and R of M [B, m, n] and Q [B, n, k], which takes the columns of R with norm 1."""
     seed, step, eps = numbers
