@@ -50,11 +50,13 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "kfac, exact, background": ("kfac", EXACT | {"refresh_lag": 5}),
     "ekfac": ("ekfac", {}),
     "foof": ("foof", {}),
-    "singd": ("singd", {"factor_frequency": 5}),
+    "singd": ("singd", {}),
+    "singd, every 5": ("singd", {"factor_frequency": 5}),
+    "singd, every 5, in turns": ("singd", {"factor_frequency": 5, "factor_schedule": "staggered"}),
     "adamw": ("adamw", {}),
 }
 #: The structures of SINGD, on one layer.
-SINGD = {f"singd, {name}": ("singd", {"structure": name, "factor_frequency": 5}) for name in STRUCTURES}
+SINGD = {f"singd, {name}": ("singd", {"structure": name}) for name in STRUCTURES}
 
 
 def autoencoder() -> Task:

@@ -432,7 +432,9 @@ def load_and_continue(key: str, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*lacks .*: the values of this optimizer are kept")  # newer keys
-        opt = gd.optimizer(key, net, **saved["options"], **({"loss": "cross_entropy"} if reads_layers(key) else {}))
+        then = {name: f.metadata["was"] for name, f in REGISTRY[key].cls.numbers().items() if f.metadata.get("was")}
+        options = then | saved["options"]  # a choice that is newer than the file
+        opt = gd.optimizer(key, net, **options, **({"loss": "cross_entropy"} if reads_layers(key) else {}))
         opt.load_state_dict(saved["optimizer"])
     assert opt.steps == saved["steps"]
     for gradients in saved["gradients"]:

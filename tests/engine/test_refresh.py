@@ -18,9 +18,9 @@ COSTS = st.dictionaries(st.text("abcdef", min_size=1, max_size=4), st.floats(0, 
 
 
 @settings(max_examples=60, deadline=None)
-@given(costs=COSTS, period=st.integers(1, 12))
-def test_phases_cover_and_balance(costs: dict[str, float], period: int) -> None:
-    found = phases(costs, period)
+@given(costs=COSTS, period=st.integers(1, 12), crowded=st.integers(0, 6))
+def test_phases_cover_and_balance(costs: dict[str, float], period: int, crowded: int) -> None:
+    found = phases(costs, period, crowded)
     assert found.keys() == costs.keys()
     assert all(0 <= phase < period for phase in found.values())
     load = [sum(costs[key] for key, at in found.items() if at == phase) for phase in range(period)]
@@ -46,6 +46,15 @@ def test_due_once_in_every_period(phase: int, period: int, start: int) -> None:
 def test_equal_costs_spread_evenly() -> None:
     found = phases({str(i): 1.0 for i in range(20)}, 5)
     assert sorted(found.values()) == sorted(list(range(5)) * 4)
+
+
+def test_dear_tasks_keep_out_of_crowded_steps() -> None:
+    costs = {"large": 100.0, "other": 100.0} | {f"small{i}": 1.0 for i in range(4)}
+    found = phases(costs, 6, 3)
+    crowded = {key for key, phase in found.items() if any(due(step, phase, 6) for step in (7, 10))}  # 1, 4, 7, 10 ...
+    assert not {"large", "other"} & crowded
+    assert len(crowded) == 2
+    assert phases(costs, 6, 4) == phases(costs, 6)  # every step of the period is as crowded as another in the long run
 
 
 @pytest.mark.parametrize("schedule", ["staggered", "every"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -196,3 +197,77 @@ def test_an_unknown_structure() -> None:
         SINGD(structure="band")
     with pytest.raises(ValueError, match="structure_width=0 of singd must be >= 1"):
         SINGD(structure_width=0)
+
+
+def deep() -> nn.Module:
+    """Four hidden layers of unlike sizes, two of them of one."""
+    torch.manual_seed(1)
+    widths = [8, 12, 12, 12, 20]
+    hidden = [f for n, m in itertools.pairwise(widths) for f in (nn.Linear(n, m), nn.Tanh())]
+    return nn.Sequential(*hidden, nn.Linear(20, 2)).double()
+
+
+def steps(net: nn.Module, opt: Any, numbers: range) -> None:
+    for t in numbers:
+        x = rand(32, 8, seed=t)
+        net.zero_grad()
+        F.cross_entropy(net(x), (x[:, 0] > 0).long()).backward()
+        opt.step()
+
+
+@pytest.mark.parametrize("structure", ["dense", "diag"])
+def test_layers_take_turns(structure: str) -> None:
+    """After the first step each layer is captured once in three steps, and no step captures more than half."""
+
+    def make(**options: Any) -> tuple[nn.Module, Any]:
+        net = deep()
+        return net, gd.optimizer("singd", net, structure=structure, loss="cross_entropy", lr=1e-3, **options)
+
+    net, opt = make(factor_frequency=3, factor_schedule="staggered")
+    names = [f"{2 * i}.weight" for i in range(4)]
+    before, at = dict.fromkeys(names, 0), []
+    for t in range(10):
+        steps(net, opt, range(t, t + 1))
+        now = {name: opt.audit()[name]["captures"] for name in names}
+        at.append({name for name in names if now[name] > before[name]})
+        before = now
+    assert at[0] == set(names)
+    for t in range(1, 8):
+        assert sorted(name for some in at[t : t + 3] for name in some) == names
+        assert len(at[t]) <= 2
+
+    # a resumed run goes on in the same turns, to the bit
+    first, a = make(factor_frequency=3, factor_schedule="staggered")
+    steps(first, a, range(5))
+    second, b = make(factor_frequency=3, factor_schedule="staggered")
+    second.load_state_dict(first.state_dict())
+    b.load_state_dict(a.state_dict())
+    steps(first, a, range(5, 10))
+    steps(second, b, range(5, 10))
+    for p, q, r in zip(first.parameters(), second.parameters(), net.parameters()):
+        assert torch.equal(p, q)
+        assert torch.equal(p, r)
+
+    # with every step a turn of all, the schedules are one
+    one, a = make()
+    two, b = make(factor_schedule="staggered")
+    steps(one, a, range(6))
+    steps(two, b, range(6))
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters()))
+
+
+def test_a_block_moves_by_its_own_captures_alone() -> None:
+    """Two blocks in one stack that are seen at different times move as two that are alone."""
+    joint = Bed(InverseFree(), [block(3, 4, "a"), block(3, 4, "b")], numbers())
+    alone = [Bed(InverseFree(), [block(3, 4, name)], numbers()) for name in "ab"]
+    for t in range(9):
+        ios = [layer(rand(8, 1, 4, seed=10 * t + i), rand(8, 1, 3, seed=500 + 10 * t + i), 8) for i in range(2)]
+        turn = [t == 0 or t % 3 == i for i in range(2)]
+        g = rand(2, 3, 4, seed=t)
+        if any(turn):
+            joint.capture(*[io if yes else None for io, yes in zip(ios, turn)])
+        both = joint.update(g)
+        for i in range(2):
+            if turn[i]:
+                alone[i].capture(ios[i])
+            torch.testing.assert_close(alone[i].update(g[i : i + 1])[0], both[i])

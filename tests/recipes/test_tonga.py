@@ -21,13 +21,16 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def reference(grads: list[Tensor], rank: int, every: int) -> list[Tensor]:
-    """``(C + lam I)^-1 g`` with a dense C, cut to its leading eigenvectors after every ``every`` updates."""
+def reference(grads: list[Tensor], rank: int, every: int, ahead: int = 0) -> list[Tensor]:
+    """``(C + lam I)^-1 g`` with a dense C, cut to its leading eigenvectors after every ``every`` updates.
+
+    ``ahead``: the first time so many updates earlier.
+    """
     found, c = [], torch.zeros(len(grads[0]), len(grads[0])).double()
     for t, g in enumerate(grads, 1):
         c = GAMMA * c + torch.outer(g, g)
         found.append(torch.linalg.solve(c + LAM * torch.eye(len(g)).double(), g))
-        if t % every == 0:
+        if (t + ahead) % every == 0:
             values, vectors = torch.linalg.eigh(c)
             kept = vectors[:, -rank:] * values[-rank:].clamp(min=0).sqrt()
             c = kept @ kept.T
@@ -36,19 +39,30 @@ def reference(grads: list[Tensor], rank: int, every: int) -> list[Tensor]:
 
 @pytest.mark.parametrize(("rank", "every"), [(12, 3), (3, 4), (2, 1)])
 @pytest.mark.parametrize("span", ["layer", "neuron"])
-def test_it_is_the_dense_inverse(span: str, rank: int, every: int) -> None:
-    bed = Bed(
-        LowRankNatural(span=span, rank=rank, every=every), [block(3, 4, f"w{i}") for i in range(2)],
-        numbers(gamma=GAMMA, damping=LAM),
-    )  # fmt: skip
+@pytest.mark.parametrize("staggered", [False, True])
+def test_it_is_the_dense_inverse(staggered: bool, span: str, rank: int, every: int) -> None:
+    part = LowRankNatural(span=span, rank=rank, every=every, staggered=staggered)
+    bed = Bed(part, [block(3, 4, f"w{i}") for i in range(2)], numbers(gamma=GAMMA, damping=LAM))
     grads = [rand(2, 3, 4, seed=t) for t in range(14)]
     found = [bed.update(g) for g in grads]
     for b in range(2):
         rows = [slice(i, i + 1) for i in range(3)] if span == "neuron" else [slice(None)]
-        for row in rows:
-            dense = reference([g[b, row].flatten() for g in grads], rank, every)
+        for j, row in enumerate(rows):
+            ahead = j if staggered else 0
+            dense = reference([g[b, row].flatten() for g in grads], rank, every, ahead)
             for u, v in zip(found, dense):
                 torch.testing.assert_close(u[b, row].flatten(), v, rtol=1e-8, atol=1e-9)
+
+
+def test_turns_spread_the_decompositions() -> None:
+    """Of 40 covariances every update cuts four, each of them once in ten updates."""
+    bed = Bed(LowRankNatural(rank=2, staggered=True), [block(40, 3)], numbers())
+    free = []
+    for t in range(30):
+        bed.update(rand(1, 40, 3, seed=t))
+        free.append((bed.state["columns"][0, :, 2:].abs().sum((1, 2)) == 0).nonzero().flatten().tolist())
+    assert all(len(cut) == 4 for cut in free)
+    assert all(sorted(j for cut in free[t : t + 10] for j in cut) == list(range(40)) for t in range(20))
 
 
 def test_first_step_and_scale() -> None:
@@ -95,7 +109,7 @@ def test_it_trains_through_the_library() -> None:
     y = (x[:, 0] * x[:, 1] > 0).long()
     torch.manual_seed(1)
     net = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2))
-    opt = gd.optimizer("tonga", net)
+    opt = gd.optimizer("tonga", net, truncate_schedule="every")
     for _ in range(100):
         opt.zero_grad()
         loss = F.cross_entropy(net(x), y)
@@ -105,3 +119,14 @@ def test_it_trains_through_the_library() -> None:
     assert opt.audit()["2.weight"] == {"truncations": 10}
     with pytest.raises(ValueError, match="rank=0 of tonga must be >= 1"):
         TONGA(rank=0)
+
+
+def test_state_saved_before_there_were_turns_asks_for_the_old_schedule() -> None:
+    net = nn.Linear(4, 3)
+    old = gd.optimizer("tonga", net, truncate_schedule="every").state_dict()
+    for group in old["param_groups"]:
+        group.pop("truncate_schedule", None)
+    with pytest.raises(ValueError, match=r"truncate_schedule of param group 0 was 'every' .* is 'staggered' here"):
+        gd.optimizer("tonga", net).load_state_dict(old)
+    with pytest.warns(UserWarning, match="lacks truncate_schedule"):
+        gd.optimizer("tonga", net, truncate_schedule="every").load_state_dict(old)

@@ -6,7 +6,7 @@ import hashlib
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -174,11 +174,12 @@ class Capture:
         self._task = -1
         self._warned = False
 
-    def arm(self, step: int) -> None:
+    def arm(self, step: int, only: Collection[str] | None = None) -> None:
         """Capture from now on, until ``disarm``; ``passes`` starts again at 0.
 
         Args:
             step: number of the step, of which the draws are a function.
+            only: names of the layers to capture this time; all of them if left out.
 
         Raises:
             ValueError: a layer has become one that cannot be captured.
@@ -187,12 +188,13 @@ class Capture:
         self.disarm()
         if not self.layers:
             raise RuntimeError("arm: this capture was removed; make another one")
-        for name, module in self.layers.items():
+        layers = {name: module for name, module in self.layers.items() if only is None or name in only}
+        for name, module in layers.items():
             _check(name, module)  # it may have been sharded or parametrized since
         self.armed, self.step, self.passes = True, step, 0
         self._era += 1
         me = weakref.ref(self)
-        for name, module in self.layers.items():
+        for name, module in layers.items():
             # before other hooks, which may replace the output
             hook = _Hook(me, "_called", name)
             self._handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))

@@ -39,7 +39,7 @@ class Plan:
     steps: Tensor  # float32 [parameters], the storage of every state["step"]
     counts: list[int]  # the same on the host
     cuts: dict[tuple[Bucket, tuple[int, ...]], list[Slice]] = field(default_factory=dict)
-    phases: dict[int, dict[str, int]] = field(default_factory=dict)  # by period
+    phases: dict[tuple[int, int], dict[str, int]] = field(default_factory=dict)  # by period, and what is crowded
 
 
 class Binder:

@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 from guided_descent.capture import Capture, LayerIO
 from guided_descent.capture.tap import Fisher
+from guided_descent.engine.binding import Plan
+from guided_descent.engine.buckets import Bucket
+from guided_descent.engine.refresh import phases
+from guided_descent.parts.base import Part
 from guided_descent.routing.roles import Block
 
 if TYPE_CHECKING:
@@ -44,6 +48,8 @@ class Observer:
         self.engine = engine
         self.blocks = blocks
         self.armed = False
+        self.watched: set[str] = set()  # layers that this step observes
+        self.turns: tuple[Plan, dict[tuple[Part, int], dict[str, int]]] | None = None
         self.seen: dict[str, dict[str, Tensor]] = {}
         self.reached: set[str] = set()  # blocks that have been seen at some step
         self.capture = Capture(
@@ -62,15 +68,38 @@ class Observer:
         """Forget what was seen, and watch the layers if a part wants to see the passes before the next step."""
         self.seen.clear()
         number = self.engine.groups[0]["steps"] + 1
-        self.armed = any(
-            part.needs.layer_io and part.observes(self.engine.groups[bucket.group], number)
-            for bucket in self.engine.bind_current().buckets
-            for part in bucket.parts
-        )
+        self.watched = {
+            layer for layer, blocks in self.blocks.items() if any(self._parts(block, number) for block in blocks)
+        }
+        self.armed = bool(self.watched)
         if self.armed:
-            self.capture.arm(number)
+            self.capture.arm(number, self.watched)
         else:
             self.capture.disarm()
+
+    def _parts(self, block: Block, number: int) -> list[Part]:
+        """The parts that want to see a block's layer in the passes before update ``number``."""
+        bucket, _ = self.engine.bind_current().places.get(block.key, (None, 0))
+        if bucket is None:
+            return []
+        h = self.engine.groups[bucket.group]
+        wanting = (part for part in bucket.parts if part.needs.layer_io and part.observes(h, number))
+        return [part for part in wanting if self._turn(part, part.turns(h), block, bucket, number)]
+
+    def _turn(self, part: Part, turns: int, block: Block, bucket: Bucket, number: int) -> bool:
+        """Whether it is a block's turn; blocks of all groups take turns together."""
+        if turns == 1 or number == 1:
+            return True
+        plan = self.engine.bind_current()
+        if self.turns is None or self.turns[0] is not plan:
+            self.turns = plan, {}
+        found = self.turns[1]
+        if (part, turns) not in found:
+            costs = {
+                b.key: part.capture_flops(b) for other in plan.buckets if part in other.parts for b in other.blocks
+            }
+            found[part, turns] = phases(costs, turns)
+        return (number - 1) % turns == found[part, turns][block.key]
 
     def seen_by(self, blocks: Sequence[Block]) -> Mapping[str, Tensor] | None:
         """What these blocks have seen, stacked; zeros for those that saw nothing; ``None`` where none did."""
@@ -117,19 +146,23 @@ class Observer:
                 self.reached.add(block.key)
                 continue
             bucket, i = places[block.key]
-            h = self.engine.groups[bucket.group]
             state = {name: stack[i] for name, stack in bucket.stacks.items()}
-            for part in bucket.parts:
-                if part.needs.layer_io and part.observes(h, number):
-                    part.observe(self.seen.setdefault(block.key, {}), _part_of(io, block), state, block, h)
+            for part in self._parts(block, number):
+                part.observe(
+                    self.seen.setdefault(block.key, {}),
+                    _part_of(io, block),
+                    state,
+                    block,
+                    self.engine.groups[bucket.group],
+                )
 
     def _check_unseen(self) -> None:
         """A layer that the passes went around would never be trained: say so before anything changes."""
         if not self.seen:
             return  # no pass went through the model at all: its blocks wait
         self.reached |= {key for key, sums in self.seen.items() if sums}
-        for layer, blocks in self.blocks.items():
-            for block in blocks:
+        for layer in sorted(self.watched):
+            for block in self.blocks[layer]:
                 bucket, i = self.engine.bind_current().places.get(block.key, (None, 0))
                 if block.key in self.reached or bucket is None:
                     continue

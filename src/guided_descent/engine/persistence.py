@@ -217,9 +217,11 @@ def _group_update(group: Mapping[str, Any], recipe: Recipe, saved: Mapping[str, 
             stacklevel=4,
         )
     for key, item in numbers.items():
-        if item.metadata["kind"] == "static" and key in saved and saved[key] != group[key]:
+        was = item.metadata.get("was") if "recipe" in saved else None  # a choice that is newer than the file
+        then = saved.get(key, group[key] if was is None else was)
+        if item.metadata["kind"] == "static" and then != group[key]:
             raise ValueError(
-                f"{key} of param group {index} was {saved[key]!r} when the state was saved and is {group[key]!r} here: "
+                f"{key} of param group {index} was {then!r} when the state was saved and is {group[key]!r} here: "
                 "it chooses structure; build with the saved value"
             )
     decoupled = saved.get("decoupled_weight_decay")  # torch's name for what is called decay here

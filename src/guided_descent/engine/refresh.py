@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 SMALL = 64
 
 
-def phases(costs: Mapping[str, float], period: int) -> dict[str, int]:
+def phases(costs: Mapping[str, float], period: int, crowded: int = 0) -> dict[str, int]:
     """Spread tasks over a period so that the dearest step is as cheap as can be: longest first, least loaded step.
 
     Args:
         costs: FLOPs of each task, by its name.
         period: Steps between two refreshes of a task.
+        crowded: Every so many steps there is other work; of equally loaded steps the others come first.
 
     Returns:
         The phase of each task in ``range(period)``.
@@ -41,9 +42,11 @@ def phases(costs: Mapping[str, float], period: int) -> dict[str, int]:
         {'a': 0, 'c': 1, 'b': 1}
     """
     load = [0.0] * max(period, 1)
+    apart = crowded if crowded > 1 and period % crowded == 0 else 0  # else no phase is crowded more than another
+    order = sorted(range(len(load)), key=lambda phase: bool(apart) and phase % apart == 0)
     found = {}
     for key in sorted(costs, key=lambda key: (-costs[key], key)):
-        phase = min(range(len(load)), key=load.__getitem__)
+        phase = min(order, key=load.__getitem__)
         load[phase] += costs[key]
         found[key] = phase
     return found
@@ -151,17 +154,17 @@ class Refresher:
 
     def _phases(self, policy: Policy) -> dict[str, int]:
         plan = self.engine.bind_current()
-        if policy.period not in plan.phases:
-            costs = {
-                name_of(block, task): spec.flops
-                for bucket in plan.buckets
-                for part in bucket.parts
-                if part.policy(self.engine.groups[bucket.group]).period == policy.period
-                for block in bucket.blocks
-                for task, spec in part.tasks(block).items()
-            }
-            plan.phases[policy.period] = phases(costs, policy.period)
-        return plan.phases[policy.period]
+        kind = (policy.period, policy.crowded)
+        if kind not in plan.phases:
+            costs: dict[str, float] = {}
+            for bucket in plan.buckets:
+                for part in bucket.parts:
+                    other = part.policy(self.engine.groups[bucket.group])
+                    if (other.period, other.crowded) == kind:
+                        for block in bucket.blocks:
+                            costs |= {name_of(block, task): spec.flops for task, spec in part.tasks(block).items()}
+            plan.phases[kind] = phases(costs, *kind)
+        return plan.phases[kind]
 
     # -- doing it --------------------------------------------------------------------------------------------------
 

@@ -322,14 +322,24 @@ def matching(old: Tensor, new: Tensor) -> Tensor:
     """
     before, after = _pair(old, new, names=("old", "new"))
     overlap = (before.mT @ after).abs().nan_to_num_(nan=0.0, posinf=0.0)
-    order = torch.full(overlap.shape[:-1], -1, device=overlap.device)
-    places = torch.arange(overlap.shape[-1], device=overlap.device)
-    while bool((order < 0).any()):
-        wanted, wanting = overlap.argmax(-2), overlap.argmax(-1)  # what each new, and each old column prefers
-        mutual = (wanting.gather(-1, wanted) == places) & (order < 0)
-        order = torch.where(mutual, wanted, order)
-        overlap.masked_fill_((wanted.gather(-1, wanting) == places)[:, :, None], -1.0)
-        overlap.masked_fill_(mutual[:, None, :], -1.0)
+    batch, d = overlap.shape[:2]
+    order = torch.empty(batch, d, dtype=torch.int64, device=overlap.device)
+    rows = columns = torch.arange(d, device=overlap.device).expand(batch, d)  # what the overlaps left stand for
+    while rows.shape[1]:
+        (best, wanted), (worth, wanting) = overlap.max(-2), overlap.max(-1)  # what new and old columns prefer
+        places = torch.arange(rows.shape[1], device=overlap.device)
+        taken = (wanting.gather(-1, wanted) == places) & (best >= 0)  # they prefer each other
+        given = (wanted.gather(-1, wanting) == places) & (worth >= 0)
+        order.scatter_(1, columns, torch.where(taken, rows.gather(-1, wanted), order.gather(1, columns)))
+        used_columns, used_rows = taken | (best < 0), given | (worth < 0)
+        left = int((~used_columns).sum(-1).max())
+        column, row = (used.int().argsort(stable=True)[:, :left] for used in (used_columns, used_rows))
+        columns, rows = columns.gather(-1, column), rows.gather(-1, row)
+        overlap = overlap.gather(1, row[:, :, None].expand(-1, -1, overlap.shape[2]))
+        overlap = overlap.gather(2, column[:, None, :].expand(-1, left, -1))
+        if batch > 1:  # a matrix with less left than another is filled up with what is used
+            overlap.masked_fill_(used_rows.gather(-1, row)[:, :, None], -1.0)
+            overlap.masked_fill_(used_columns.gather(-1, column)[:, None, :], -1.0)
     return order.reshape(new.shape[:-1])
 
 

@@ -105,12 +105,14 @@ class Policy:
         staggered: Whether tasks are spread over the period by cost, or all fall on one step.
         tolerance: A task whose ``drift`` is not above it is skipped; 0 skips none.
         lag: Steps between the start of a task and its landing. 0: it is done at once; else on a background thread.
+        crowded: Every so many steps, from the first, there is other work: the dearest tasks keep out of them. 0: never.
     """
 
     period: int = 0
     staggered: bool = True
     tolerance: float = 0.0
     lag: int = 0
+    crowded: int = 0
 
 
 class Batch:
@@ -339,6 +341,17 @@ class Part:
     def observes(self, h: Hyper, step: int) -> bool:
         """Whether it wants to see the layers in the passes that lead to update number ``step``."""
         return self.needs.layer_io
+
+    def turns(self, h: Hyper) -> int:
+        """Steps over which its blocks take turns to be observed, balanced by ``capture_flops``; 1: all in one step.
+
+        The first step observes all of them.
+        """
+        return 1
+
+    def capture_flops(self, block: Block) -> float:
+        """What the observation of a block costs, with the work that it causes in the update."""
+        return 1.0
 
     def observe(self, seen: dict[str, Tensor], io: LayerIO, s: State, block: Block, h: Hyper) -> None:
         """Fold one layer's input and output gradient into ``seen``: raw sums, which the engine adds over ranks.

@@ -57,7 +57,13 @@ def hyper(
 
 
 def static(
-    default: Any, *, of: Iterable[Any] | None = None, gt: float | None = None, le: float | None = None, help: str = ""
+    default: Any,
+    *,
+    of: Iterable[Any] | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    was: Any = None,
+    help: str = "",
 ) -> Any:
     """A choice of structure, recorded in the param group; changing it later raises.
 
@@ -66,10 +72,12 @@ def static(
         of: The valid values; any value of the default's type if left out.
         gt: Lower bound of a number, excluded.
         le: Upper bound of a number, included.
+        was: What state dicts mean that were saved before there was a choice, if not ``default``.
         help: One line for ``describe``.
     """
+    choices = None if of is None else tuple(of)
     bounds = {name: bound for name, bound in (("gt", gt), ("le", le)) if bound is not None}
-    meta = {"kind": "static", "of": None if of is None else tuple(of), "bounds": bounds, "help": help}
+    meta = {"kind": "static", "of": choices, "bounds": bounds, "was": was, "help": help}
     return field(default=default, metadata=meta)
 
 

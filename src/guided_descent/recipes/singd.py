@@ -19,6 +19,9 @@ class SINGD(Recipe):
 
     ``b <- mu b + C C^T g K K^T + wd p``; ``p <- p - lr b``, with K and C in a structure that products preserve. With
     ``structure`` ``dense`` it is INGD, without ``adaptive`` IKFAC. Hidden matrices with biases are preconditioned.
+
+    With ``factor_frequency`` above 1, ``factor_schedule="staggered"`` lets the layers take turns to be captured, so
+    that no step is slow. Then every pass has hooks on some layer: a compiled model runs eagerly.
     """
 
     matrix = True
@@ -32,6 +35,9 @@ class SINGD(Recipe):
     factor_lr: float = hyper(0.1, ge=0, lt=1, help="step of the roots, over max(1, ||m||_inf)")
     factor_momentum: float = hyper(0.5, ge=0, lt=1, help="memory of the roots' motion")
     factor_frequency: int = hyper(1, ge=1, help="steps between captures of the layers")
+    factor_schedule: str = static(
+        "every", of=("every", "staggered"), help="all layers on one step, or in turns: no step is slow, all have hooks"
+    )
     weight_decay: float = hyper(0.0, ge=0, help="decay; its form is chosen by decay")
     fisher: str = static("empirical", of=("mc", "exact", "empirical"), help="sampled labels, all, or the true ones")
     approx: str = static("expand", of=APPROXES, help="positions as data, or averaged first")
@@ -54,7 +60,12 @@ class SINGD(Recipe):
         """Metric, decay, momentum, step."""
         decay = L2().at("decay_direction") if self.decay == "direction" else None
         return Parts(
-            InverseFree(structure=self.structure, width=self.structure_width, adaptive=self.adaptive),
+            InverseFree(
+                structure=self.structure,
+                width=self.structure_width,
+                adaptive=self.adaptive,
+                staggered=self.factor_schedule == "staggered",
+            ),
             decay or DECAYS[self.decay],
             Momentum().at("momentum"),
             Descend(),

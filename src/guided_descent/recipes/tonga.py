@@ -30,6 +30,9 @@ class TONGA(Recipe):
     weight_decay: float = hyper(0.0, ge=0, help="decay; lr * weight_decay is taken off in a step")
     rank: int = static(5, help="directions kept by a decomposition")
     truncate_every: int = static(10, help="steps between decompositions")
+    truncate_schedule: str = static(
+        "staggered", of=("staggered", "every"), was="every", help="the covariances take turns, or all on one step"
+    )
     span: str = static("neuron", of=SPANS, help="what one covariance covers")
     decay: str = decay_kind()
     aux: Recipe = field(default_factory=lambda: AdamW(lr=1e-3, betas=(0.9, 0.95)))
@@ -47,7 +50,12 @@ class TONGA(Recipe):
     def parts(self, block: Block) -> Parts:
         """Natural gradient, momentum, decay, step."""
         return Parts(
-            LowRankNatural(span=self.span, rank=self.rank, every=self.truncate_every),
+            LowRankNatural(
+                span=self.span,
+                rank=self.rank,
+                every=self.truncate_every,
+                staggered=self.truncate_schedule == "staggered",
+            ),
             *([Momentum().at("momentum")] if self.momentum else []),
             DECAYS[self.decay],
             Descend(),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from guided_descent.linalg.eigen import eigenbasis, off_diagonal
-from guided_descent.parts.base import Batch, Found, Hyper, Slot, State, Task
+from guided_descent.parts.base import Batch, Found, Hyper, Policy, Slot, State, Task
 from guided_descent.parts.damping import add_joint, cross_validated, dominant, factored, strength
 from guided_descent.parts.geometry.kronecker import SIDES, basis_results, next_basis, rotate
 from guided_descent.parts.geometry.reading import Reading, admit, estimate, finite, gather, hold_uncaptured, over
@@ -80,6 +80,10 @@ class Kfac(Reading, Slow):
     def keys(self) -> tuple[str, ...]:
         """Group keys it reads."""
         return (*super().keys, self.damping, self.decay, self.method, self.product)
+
+    def policy(self, h: Hyper) -> Policy:
+        """As the group says; steps with captures are left to the small factors."""
+        return replace(super().policy(h), crowded=int(h[self.every]))
 
     def lengths(self, block: Block) -> dict[str, int]:
         """The preconditioned sides and their lengths."""

@@ -138,7 +138,7 @@ class InverseFree(Reading):
     (IKFAC), for which ``K K^T -> (A + lam I)^-1`` and ``C C^T -> (B + lam I)^-1``. Pi projects onto the structure; see
     ``Structure``. K and C begin as the identity. H is projected while it is observed, from the rows ``a K``, so that a
     diagonal root never needs a d x d matrix. A block that no capture has reached makes no update (``uncaptured``); a
-    capture that is not finite is left out (``repairs``).
+    capture that is not finite is left out (``repairs``). ``staggered``: the blocks take turns to be captured.
 
     State: ``left_root``, ``right_root``, ``left_motion``, ``right_motion`` as free numbers, and ``captures``. Source:
     Lin et al. 2023, 2302.09738; structures Lin et al. 2024, 2312.05705 (the factors 1 and 2 of Pi are derived from the
@@ -154,6 +154,7 @@ class InverseFree(Reading):
     structure: str = "dense"
     width: int = 32
     adaptive: bool = True
+    staggered: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -170,6 +171,18 @@ class InverseFree(Reading):
         for side, d in zip(SIDES, block.shape):
             slots[f"{side}_root"] = slots[f"{side}_motion"] = Slot("factor", (self.of(d).size,))
         return slots
+
+    def observes(self, h: Hyper, step: int) -> bool:
+        """Every ``factor_frequency`` steps, or some block in every step."""
+        return self.staggered or super().observes(h, step)
+
+    def turns(self, h: Hyper) -> int:
+        """The period, where the blocks take turns."""
+        return int(h[self.every]) if self.staggered else 1
+
+    def capture_flops(self, block: Block) -> float:
+        """Two products of each root with itself and its motion; rows of data count as one side more."""
+        return sum(6.0 * d**3 if self.structure != "diag" else 6.0 * d for d in block.shape)
 
     def observe(self, seen: dict[str, Tensor], io: LayerIO, s: State, block: Block, h: Hyper) -> None:
         """Add the projected sums ``Pi[K^T a a^T K]`` and ``Pi[C^T d d^T C]``, their traces and counts."""
@@ -212,8 +225,8 @@ class InverseFree(Reading):
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Move the roots if there are statistics, and precondition the direction."""
-        if x.seen is not None:
-            self.move(x, s, h)
+        if x.seen is not None and {"left", "right"} <= x.seen.keys():
+            self.learn(x, x.seen, s, h)
         if hold_uncaptured(x, s):
             return
         m, n = x.shape
@@ -223,23 +236,28 @@ class InverseFree(Reading):
         value = left.after(left.after(value, s["left_root"]), s["left_root"], transposed=True).mT
         u.copy_(value * over(s["captures"] > 0, u))
 
-    def move(self, x: Batch, s: State, h: Hyper) -> None:
-        """One step of the recursion for the rows that have seen both sides."""
-        seen, (m, n) = x.seen, x.shape
-        assert seen is not None
-        if not {"left", "right"} <= seen.keys():
-            return
-        structures = {"left": self.of(m), "right": self.of(n)}
-        counts = {side: seen[f"{side}.count"] for side in SIDES}
-        fresh = (counts["left"] > 0) & (counts["right"] > 0)
-        first = s["captures"] == 0
+    def learn(self, x: Batch, seen: Mapping[str, Tensor], s: State, h: Hyper) -> None:
+        """Admit the captures, and move the roots of the blocks that have one."""
+        fresh = torch.stack([seen[f"{side}.count"] > 0 for side in SIDES]).all(0)
         good = admit(x, s, fresh, torch.stack([finite(seen[side]) for side in SIDES]).all(0))
+        if bool(good.all()):
+            self.move(x.shape, seen, s, h)
+        elif bool(good.any()):
+            names = [f"{side}_{kind}" for side in SIDES for kind in ("root", "motion")]
+            some = {name: s[name][good] for name in (*names, "captures")}
+            self.move(x.shape, {name: value[good] for name, value in seen.items()}, some, h)
+            for name in names:
+                s[name][good] = some[name]
+
+    def move(self, shape: tuple[int, ...], seen: Mapping[str, Tensor], s: State, h: Hyper) -> None:
+        """One step of the recursion; ``captures`` counts this one already."""
+        structures = {side: self.of(d) for side, d in zip(SIDES, shape)}
+        first = s["captures"] == 1
         factor, traces, lengths, grams = {}, {}, {}, {}
         for side, structure in structures.items():
             root = s[f"{side}_root"]
-            eye = structure.identity(root)
-            root.copy_(torch.where(first[:, None], eye, root))
-            share = 1 / counts[side].clamp(min=1)
+            root.copy_(torch.where(first[:, None], structure.identity(root), root))
+            share = 1 / seen[f"{side}.count"]
             if side == "left" and self.empirical(h):
                 share = share * seen["count"].square()
             factor[side] = seen[side].to(root.dtype) * share[:, None].to(root.dtype)
@@ -251,16 +269,10 @@ class InverseFree(Reading):
         for side, other in (("left", "right"), ("right", "left")):
             structure, root, motion = structures[side], s[f"{side}_root"], s[f"{side}_motion"]
             curvature, ridge = (traces[other], lam * lengths[other]) if self.adaptive else (1.0, lam)
-            push = (
-                over(good, root)
-                * 0.5
-                * (_by(curvature) * factor[side] + _by(ridge) * grams[side] - structure.identity(root))
-            )
-            new = h[self.motion] * motion + torch.where(good[:, None], push, 0.0)
-            rate = h[self.factor_lr] / structure.largest(new).clamp(min=1.0)
-            moved = structure.moved(root, new, rate)
-            motion.copy_(torch.where(good[:, None], new, motion))
-            root.copy_(torch.where(good[:, None], moved, root))
+            push = _by(curvature) * factor[side] + _by(ridge) * grams[side] - structure.identity(root)
+            motion.mul_(h[self.motion]).add_(push, alpha=0.5)
+            rate = h[self.factor_lr] / structure.largest(motion).clamp(min=1.0)
+            root.copy_(structure.moved(root, motion, rate))
 
     def flops(self, block: Block) -> float:
         """Two products with each root; the captured sums depend on the data."""

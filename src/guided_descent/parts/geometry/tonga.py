@@ -26,8 +26,12 @@ class LowRankNatural(Part):
     one for each row of the matrix (``span`` ``neuron``). It is not normalised by ``1 - gamma``. The small system is
     solved in float64, scaled by the longest column, with the rounding error of the Gram matrix added to lam.
 
-    State: ``columns`` [rank + every, numel], or [m, rank + every, n]. Counted: ``truncations``, and ``fallbacks`` where
-    the solver failed and the newest columns were kept. Source: Le Roux, Manzagol and Bengio 2007.
+    ``staggered``: the rows take turns, so that an update decomposes one ``every``-th of them; row j of a matrix is
+    ``j mod every`` updates ahead.
+
+    State: ``columns`` [rank + every, numel], or [m, rank + every, n]. Counted: ``truncations``, the updates in which a
+    covariance of the block was cut, and ``fallbacks`` where the solver failed and the newest columns were kept. Source:
+    Le Roux, Manzagol and Bengio 2007.
     """
 
     slot: ClassVar[str] = "geometry"
@@ -37,6 +41,7 @@ class LowRankNatural(Part):
     span: str = "neuron"
     rank: int = 5
     every: int = 10
+    staggered: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -52,29 +57,36 @@ class LowRankNatural(Part):
         """The number of covariances and their side."""
         return (block.numel // block.shape[-1], block.shape[-1]) if self.span == "neuron" else (1, block.numel)
 
+    def since(self, x: Batch, device: torch.device) -> Tensor:
+        """How many updates each covariance is past its last decomposition [B, groups]."""
+        groups, _ = self.split(x.blocks[0])
+        rows = torch.arange(groups if self.staggered else 1, device=device) % x.shape[-2]
+        return ((x.step - 1 + rows) % self.every).long().expand(len(x.blocks), groups)
+
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Put the direction in as the newest column and solve."""
         columns = s["columns"]
         u = x.take().whole
-        turn = (x.step - 1) % self.every
-        newest = torch.arange(-self.rank, self.every, device=u.device) == turn
+        turns = self.since(x, u.device)
+        place = (turns + self.rank)[..., None]
         columns.mul_(h[self.gamma] ** 0.5)
-        place = torch.as_tensor(turn + self.rank, dtype=torch.int64, device=u.device).reshape(1)
-        columns.index_copy_(2, place, u.view(len(u), columns.shape[1], 1, -1))
+        newest = u.view(*columns.shape[:2], 1, -1)
+        columns.scatter_(2, place[..., None].expand(*newest.shape), newest)
         scaled = x.work.take("tonga", columns.shape, columns.dtype, columns.device)
         gram, scale = self.gram(columns, scaled)
         system = gram.clone()
         lam = h[self.damping] / scale.square()
         noise = torch.finfo(columns.dtype).eps * system.shape[-1]
         system.diagonal(dim1=-2, dim2=-1).add_((lam + noise)[..., None])
-        unit = newest.to(system.dtype)[:, None].expand(*system.shape[:-1], 1)
+        unit = torch.zeros(system.shape[:-1], dtype=system.dtype, device=u.device).scatter_(2, place, 1.0)
         factor, _ = torch.linalg.cholesky_ex(system)
-        weights = torch.cholesky_solve(unit, factor).squeeze(-1) / scale[..., None]
+        weights = torch.cholesky_solve(unit[..., None], factor).squeeze(-1) / scale[..., None]
         torch.div(columns, scale[..., None, None].to(columns.dtype), out=scaled)
-        torch.matmul(weights.to(columns.dtype).unsqueeze(-2), scaled, out=u.view(*columns.shape[:2], 1, -1))
-        if bool(turn == self.every - 1):
-            x.tick("truncations")
-            if not self.truncate(columns, gram):
+        torch.matmul(weights.to(columns.dtype).unsqueeze(-2), scaled, out=newest)
+        ended = turns == self.every - 1
+        if bool(ended.any()):
+            x.tick("truncations", ended.any(1).long().tolist())
+            if not self.truncate(columns, gram, ended):
                 x.tick("fallbacks")
 
     @staticmethod
@@ -90,15 +102,23 @@ class LowRankNatural(Part):
         scaled.div_(length[..., None, None])
         return (scaled @ scaled.mT).double(), peak.double() * length.double()
 
-    def truncate(self, columns: Tensor, gram: Tensor) -> bool:
-        """Keep the leading directions; where the decomposition fails, the newest columns. Whether it did not."""
+    def truncate(self, columns: Tensor, gram: Tensor, ended: Tensor) -> bool:
+        """Keep the leading directions; where the decomposition fails, the newest columns. Whether it did not.
+
+        ``ended`` [B, groups] says of which covariances.
+        """
+        part = columns if bool(ended.all()) else columns[ended]
         try:
-            vectors = torch.linalg.eigh(gram).eigenvectors[..., -self.rank :]
+            vectors = torch.linalg.eigh(gram if part is columns else gram[ended]).eigenvectors
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             vectors = None
-        kept = columns[..., -self.rank :, :].clone() if vectors is None else vectors.mT.to(columns.dtype) @ columns
-        columns[..., : self.rank, :] = kept
-        columns[..., self.rank :, :] = 0
+        kept = part[..., -self.rank :, :].clone()
+        if vectors is not None:
+            torch.matmul(vectors[..., -self.rank :].mT.to(part.dtype), part, out=kept)
+        part[..., : self.rank, :] = kept
+        part[..., self.rank :, :] = 0
+        if part is not columns:
+            columns[ended] = part
         return vectors is not None
 
     def flops(self, block: Block) -> float:
