@@ -86,14 +86,17 @@ class Velocity(Part):
 
 @dataclass(frozen=True)
 class Ema(Part):
-    """Exponential moving average of the direction, without bias correction.
+    """Exponential moving average of the direction, from 0.
 
-    ``m <- beta m + (1 - beta) u``, then ``u <- m``, or ``u <- (1 - beta) u + beta m`` with Nesterov.
-    State: ``momentum_buffer``, shaped like the parameter.
+    ``m <- beta m + (1 - beta) u``, then ``u <- m``, or ``u <- (1 - beta) u + beta m`` with Nesterov. With ``corrected``
+    the weights of all gradients in the direction add up to 1: it is divided by ``1 - beta^t``, or ``1 - beta^(t + 1)``
+    with Nesterov. State: ``momentum_buffer``, or what ``name`` says, shaped like the parameter.
     """
 
     beta: str = "momentum"
     nesterov: bool = False
+    corrected: bool = False
+    name: str = "momentum_buffer"
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -102,16 +105,18 @@ class Ema(Part):
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The average."""
-        return {"momentum_buffer": Slot(basis="vector")}
+        return {self.name: Slot(basis="vector")}
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Advance the average and make it, or the look-ahead, the direction."""
-        beta, average = h[self.beta], s["momentum_buffer"]
+        beta, average = h[self.beta], s[self.name]
         average.lerp_(x.read(), 1 - beta)
         if self.nesterov:
             x.own().lerp_(average, beta)
         else:
             x.lend(average)
+        if self.corrected:
+            x.scale(1 / (1 - beta ** (x.step + self.nesterov)))
 
     def flops(self, block: Block) -> float:
         """About 3 per element, 6 with Nesterov."""
