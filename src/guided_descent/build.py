@@ -53,6 +53,8 @@ class RoutedOptimizer(Optimizer):
         add: Parts added to every recipe.
         nonfinite: ``skip``, ``raise`` or ``ignore`` a step with a non-finite gradient.
         rounding: How half-precision parameters take updates: ``nearest``, ``stochastic``, ``compensated``, ``master``.
+        state_dtype: ``8bit`` to hold the averages of elementwise methods in 8 bits, see ``engine.packing``; tensors of
+            less than 4096 elements, complex ones and the state of matrix methods stay as they are.
         maximize: Ascend instead of descend.
         foreach: False for the plain loop over tensors.
         fused: False to leave out torch's fused kernels.
@@ -244,7 +246,7 @@ def build(
         nonfinite: ``skip``, ``raise`` or ``ignore`` a step with a non-finite gradient.
         compile: Compile the parts.
         seed: Seed of every random draw.
-        **options: ``rounding``, ``maximize``, ``foreach``, ``fused``, ``workspace_mb``.
+        **options: ``rounding``, ``state_dtype``, ``maximize``, ``foreach``, ``fused``, ``workspace_mb``.
 
     Example:
         >>> import torch, guided_descent as gd
@@ -289,6 +291,7 @@ _BUILD_KEYS = (
     "add",
     "nonfinite",
     "rounding",
+    "state_dtype",
     "maximize",
     "foreach",
     "fused",

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from guided_descent.build import RoutedOptimizer
-from guided_descent.engine.refresh import waiting_slots
-from guided_descent.engine.rounding import rounding_slots
+from guided_descent.engine.binding import stored_slots
 from guided_descent.engine.state import work_dtype
 from guided_descent.parts.base import Slot
 from guided_descent.routing.roles import Block
@@ -149,8 +148,7 @@ def explain(optimizer: RoutedOptimizer) -> Explanation:
 def _state_bytes(optimizer: RoutedOptimizer, group: int, block: Block, tensor: torch.Tensor) -> int:
     work = work_dtype(tensor.dtype)
     parts = optimizer._engine.binder.parts(group, block)
-    slots = parts.slots(block) | waiting_slots(parts, block, optimizer.param_groups[group])
-    slots |= rounding_slots(optimizer.param_groups[group]["rounding"], tensor.dtype)
+    slots, _ = stored_slots(parts, block, optimizer.param_groups[group], tensor)
     size = 0
     for slot in slots.values():
         each = torch.empty((), dtype=slot.dtype or work).element_size()

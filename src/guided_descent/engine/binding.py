@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from guided_descent import kernels
-from guided_descent.engine import rounding
+from guided_descent.engine import packing, rounding
 from guided_descent.engine.buckets import STACK, Bucket, Parameter, Slice, capacity, factor_stack
 from guided_descent.engine.refresh import waiting_slots
 from guided_descent.engine.state import param_slot, real, slot_key, work_dtype
-from guided_descent.parts.base import Part, Parts
+from guided_descent.parts.base import Part, Parts, Slot
 from guided_descent.recipes.base import Recipe
 from guided_descent.routing.roles import Block
 
@@ -40,6 +40,16 @@ class Plan:
     counts: list[int]  # the same on the host
     cuts: dict[tuple[Bucket, tuple[int, ...]], list[Slice]] = field(default_factory=dict)
     phases: dict[tuple[int, int], dict[str, int]] = field(default_factory=dict)  # by period, and what is crowded
+
+
+def stored_slots(
+    parts: Parts, block: Block, group: Mapping[str, Any], tensor: Tensor
+) -> tuple[dict[str, Slot], dict[str, bool]]:
+    """All state of a block as it is stored, and which of it is packed, with signs or without."""
+    slots = parts.slots(block)
+    packed = packing.choose(parts, slots, group["state_dtype"], tensor)
+    stored = packing.declare(slots, packed, block) | rounding.rounding_slots(group["rounding"], tensor.dtype)
+    return stored | waiting_slots(parts, block, group), packed
 
 
 class Binder:
@@ -119,9 +129,15 @@ class Binder:
         return list(map(Tensor.data_ptr, tensors)) == plan.pointers
 
     def _options(self) -> list[tuple[Any, ...]]:
-        return [(group["rounding"], group["foreach"], group["fused"]) for group in self.groups]
+        return [tuple(group[key] for key in ("state_dtype", "rounding", "foreach", "fused")) for group in self.groups]
 
     def _make_plan(self, old: Plan | None) -> Plan:
+        for group, built in zip(self.groups, old.options if old is not None else ()):
+            if group["state_dtype"] != built[0]:
+                raise ValueError(
+                    f"state_dtype was {built[0]!r} when the optimizer was built and is now {group['state_dtype']!r}: "
+                    "state that is held cannot change its form; build a new optimizer"
+                )
         parameters: list[Parameter] = []
         for index, group in enumerate(self.groups):
             names = group["param_names"]
@@ -198,14 +214,14 @@ class Binder:
                 kept = rounding.rounding_slots(mode, p.tensor.dtype)
                 for name in rounding.NAMES - kept.keys():  # of a mode left behind: it would be stale on return
                     self.state[p.tensor].pop(name, None)
-                slots = parts.slots(block) | kept | waiting_slots(parts, block, group)
+                slots, packed = stored_slots(parts, block, group, p.tensor)
                 scales = (block.lr_scale, block.wd_scale, block.eps_scale, *(x.wd_scale for x in block.pieces))
                 shape = block.shape if parts.unit == "matrix" else ()
                 factors = tuple((n, slot.shape) for n, slot in slots.items() if slot.layout == "factor")
                 key = (p.group, parts, p.tensor.dtype, p.tensor.device, scales, shape, factors)
                 if key not in buckets:
                     loop = group["foreach"] is False
-                    buckets[key] = Bucket(p.group, parts, p.tensor.dtype, p.tensor.device, slots, loop)
+                    buckets[key] = Bucket(p.group, parts, p.tensor.dtype, p.tensor.device, slots, packed, loop)
                 bucket = buckets[key]
                 bucket.blocks.append(block)
                 bucket.owners.append([self._owner(named, block, name) for name in block.names])
@@ -263,6 +279,6 @@ class Binder:
     def _kernel(self, bucket: Bucket) -> kernels.Kernel | None:
         """The kernel that equals a bucket's parts, unless the group asks for the plain loop."""
         group = self.groups[bucket.group]
-        if group["fused"] is False or group["foreach"] is False:
+        if group["fused"] is False or group["foreach"] is False or bucket.packed:
             return None
         return kernels.find(bucket.parts, bucket.device, bucket.dtype, bucket.scales)

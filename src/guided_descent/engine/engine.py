@@ -55,6 +55,7 @@ class Work:
     position: int = 0
     tag: str = ""  # of its scratch
     started: bool = False  # whether it has taken some
+    unpacked: bool = False  # whether packed state is in scratch
 
     @property
     def left(self) -> tuple[Part, ...]:
@@ -381,6 +382,7 @@ class Engine:
             return
         w.batch = self._begin(w)
         if self.compiled is not None and w.step > 2 and w.batch.seen is None:
+            self._unpack(w)
             w.batch.w = self._open(w)
             w.batch.ticks = self.compiled.run(w.slice, w.parts, w.batch.g, w.batch.w, h, w.step)
         else:
@@ -397,6 +399,8 @@ class Engine:
         for w in waiting:
             part = w.parts[w.position]
             if part in ready and w.batch is not None:
+                if any(slot.layout == "param" for slot in part.slots(w.slice.blocks[0]).values()):
+                    self._unpack(w)
                 self._add(found, part, part.sums(w.batch, w.slice.state, self.groups[w.bucket.group]))
         for part in ready:
             if part.multiplies:
@@ -481,6 +485,7 @@ class Engine:
                 return
             if part.where in WRITERS and x.w is None:
                 x.w = self._open(w)
+            self._unpack(w)
             part.update(x, w.slice.state, h, totals.get(part, {}))
             w.position += 1
 
@@ -489,8 +494,16 @@ class Engine:
         assert x is not None
         if x.w is not None and w.slice.half:
             self._close(w, x.w)
+        if w.unpacked:
+            w.slice.pack(w.step)
         w.slice.scatter()
         self.collect(w.slice, x)
+
+    def _unpack(self, w: Work) -> None:
+        """Bring packed state into scratch, once in a step."""
+        if w.slice.codes and not w.unpacked:
+            w.slice.unpack(w.tag, self.work)
+            w.started = w.unpacked = True
 
     def _open(self, w: Work) -> Rows:
         """The parameters to write: themselves, or a float32 working copy of half-precision ones."""
@@ -560,6 +573,7 @@ class Engine:
                 for part in w.parts:
                     if part.needs.evaluations > 1:
                         w.batch = self._batch(w, tag=f".{number}")
+                        self._unpack(w)
                         sums = part.sums(w.batch, w.slice.state, self.groups[w.bucket.group])
                         self._add(totals, part, sums)
                         prepared.append((w, part))
@@ -568,6 +582,8 @@ class Engine:
                 assert x is not None
                 part.probe(x, w.slice.state, self.groups[w.bucket.group], totals[part])
                 w.slice.p.add_(x.u, alpha=x.factor)
+                if w.unpacked:
+                    w.slice.pack(w.step)
             try:
                 with torch.enable_grad():
                     closure()

@@ -17,6 +17,7 @@ from torch._compile import _disable_dynamo
 from guided_descent.engine.binding import Binder
 from guided_descent.engine.compiled import Compiled
 from guided_descent.engine.engine import Engine
+from guided_descent.engine.packing import STATE_DTYPES
 from guided_descent.engine.persistence import load, pack
 from guided_descent.engine.policies import POLICIES
 from guided_descent.engine.rounding import ROUNDINGS
@@ -31,6 +32,7 @@ FORMAT = 1
 ENGINE_KEYS: dict[str, Any] = {
     "nonfinite": "skip",
     "rounding": "nearest",
+    "state_dtype": None,
     "maximize": False,
     "foreach": None,
     "fused": None,
@@ -281,7 +283,7 @@ def complete(group: dict[str, Any], recipe: Recipe, seed: int) -> None:
     )
     for name, default in ENGINE_KEYS.items():
         group.setdefault(name, default)
-    for name, valid in (("nonfinite", POLICIES), ("rounding", ROUNDINGS)):
+    for name, valid in (("nonfinite", POLICIES), ("rounding", ROUNDINGS), ("state_dtype", STATE_DTYPES)):
         if group[name] not in valid:
             raise ValueError(f"{name}={group[name]!r} must be one of {', '.join(map(repr, valid))}")
     for name in ("maximize", "foreach", "fused"):

@@ -237,6 +237,12 @@ def _group_update(group: Mapping[str, Any], recipe: Recipe, saved: Mapping[str, 
             f"rounding of param group {index} was {saved['rounding']!r} when the state was saved and is "
             f"{group['rounding']!r} here; build with the saved value"
         )
+    packed = saved.get("state_dtype", None if "recipe" in saved else group["state_dtype"])
+    if packed != group["state_dtype"]:
+        raise ValueError(
+            f"state_dtype of param group {index} was {packed!r} when the state was saved and is "
+            f"{group['state_dtype']!r} here; build with the saved value"
+        )
     update = {key: value for key, value in saved.items() if key not in _BUILT}
     recipe.check({key: value for key, value in update.items() if key in numbers})
     for key, value in update.items():

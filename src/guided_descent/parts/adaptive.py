@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -32,7 +32,7 @@ class SquareSum(Part):
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The sum of squares."""
-        return {"sum": Slot(fill=self.start, basis="square")}
+        return {"sum": Slot(fill=self.start, basis="square", packs="unsigned")}
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Add the squares and divide."""
@@ -69,8 +69,10 @@ class SquareAverage(Part):
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The averages of squares and, for the variance, of gradients."""
-        slots = {"square_avg": Slot(fill=self.start, basis="square")}
-        return slots | {"grad_avg": Slot(basis="vector")} if self.centered else slots
+        square = Slot(fill=self.start, basis="square", packs="unsigned")
+        if not self.centered:
+            return {"square_avg": square}
+        return {"square_avg": replace(square, packs=""), "grad_avg": Slot(basis="vector")}  # a difference of both
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Advance the averages and divide."""
@@ -110,7 +112,7 @@ class RootRatio(Part):
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The averages of squares, of gradients and of directions."""
-        return {"square_avg": Slot(basis="square"), "acc_delta": Slot(basis="square")}
+        return dict.fromkeys(("square_avg", "acc_delta"), Slot(basis="square", packs="unsigned"))
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Divide by one root, multiply by the other."""
@@ -145,7 +147,7 @@ class MaximumMoments(Part):
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The first moment and the maximum, which no rotation carries along."""
-        return {"exp_avg": Slot(basis="vector"), "exp_inf": Slot()}
+        return {"exp_avg": Slot(basis="vector", packs="signed"), "exp_inf": Slot(packs="unsigned")}
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Advance both and divide."""
@@ -235,7 +237,8 @@ class YogiMoments(Moments):
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """Both moments."""
-        return {"exp_avg": Slot(basis="vector"), "exp_avg_sq": Slot(fill=self.start, basis="square")}
+        second = Slot(fill=self.start, basis="square", packs="unsigned")
+        return {"exp_avg": Slot(basis="vector", packs="signed"), "exp_avg_sq": second}
 
     def advance(self, x: Batch, g: Rows, s: State, h: Hyper) -> Rows:
         """Move towards the square, by a share of the square."""

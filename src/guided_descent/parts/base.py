@@ -61,6 +61,8 @@ class Slot:
         fill: Initial value of every element.
         basis: How a geometry that changes its basis carries the slot along: a ``vector`` is rotated, a ``square`` of
             coordinates follows by permutation, ``none`` stays.
+        packs: How a ``param`` slot may be held in 8 bits, with errors of some percent of each element: ``signed``, or
+            ``unsigned`` where it is never negative. The default keeps it whole: say, what differences are taken of.
     """
 
     layout: Literal["param", "factor", "group"] = "param"
@@ -68,6 +70,7 @@ class Slot:
     dtype: torch.dtype | None = None
     fill: float = 0.0
     basis: Literal["none", "vector", "square"] = "none"
+    packs: Literal["", "signed", "unsigned"] = ""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Momentum(Part):
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The momentum buffer."""
-        return {"momentum_buffer": Slot(basis="vector")}
+        return {"momentum_buffer": Slot(basis="vector", packs="signed")}
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Advance the buffer and make it, or the look-ahead, the direction."""
@@ -72,7 +72,7 @@ class Velocity(Part):
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The velocity."""
-        return {"momentum_buffer": Slot(basis="vector")}
+        return {"momentum_buffer": Slot(basis="vector", packs="signed")}
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Advance the velocity and make it the direction."""
@@ -105,7 +105,7 @@ class Ema(Part):
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The average."""
-        return {self.name: Slot(basis="vector")}
+        return {self.name: Slot(basis="vector", packs="signed")}
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Advance the average and make it, or the look-ahead, the direction."""
@@ -140,7 +140,7 @@ class LionMomentum(Part):
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The momentum."""
-        return {"exp_avg": Slot(basis="vector")}
+        return {"exp_avg": Slot(basis="vector", packs="signed")}
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Mix with the old momentum, then advance it."""
@@ -174,7 +174,7 @@ class Moments(Part):
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """First and second moment."""
-        return {"exp_avg": Slot(basis="vector"), "exp_avg_sq": Slot(basis="square")}
+        return {"exp_avg": Slot(basis="vector", packs="signed"), "exp_avg_sq": Slot(basis="square", packs="unsigned")}
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Advance both moments and divide."""
@@ -215,7 +215,7 @@ class AdamMoments(Moments):
     def slots(self, block: Block) -> dict[str, Slot]:
         """Both moments, and the maximum."""
         slots = super().slots(block)
-        return slots | {"max_exp_avg_sq": Slot(basis="square")} if self.amsgrad else slots
+        return slots | {"max_exp_avg_sq": Slot(basis="square", packs="unsigned")} if self.amsgrad else slots
 
     def advance(self, x: Batch, g: Rows, s: State, h: Hyper) -> Rows:
         """Advance the second moment, and its maximum."""
@@ -254,8 +254,8 @@ class NadamMoments(Part):
     def slots(self, block: Block) -> dict[str, Slot]:
         """Both moments and the product of the momenta."""
         return {
-            "exp_avg": Slot(basis="vector"),
-            "exp_avg_sq": Slot(basis="square"),
+            "exp_avg": Slot(basis="vector", packs="signed"),
+            "exp_avg_sq": Slot(basis="square", packs="unsigned"),
             "mu_product": Slot("factor", (), torch.float64, fill=1.0),
         }
 

@@ -38,7 +38,7 @@ class AdoptMoments(Part):
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """First and second moment."""
-        return {"exp_avg": Slot(), "exp_avg_sq": Slot()}
+        return {"exp_avg": Slot(packs="signed"), "exp_avg_sq": Slot(packs="unsigned")}
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Normalise by the old moment, average, then advance the moment."""
@@ -110,8 +110,8 @@ class TwoMomenta(Part):
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """Both momenta and the second moment."""
-        vector = Slot(basis="vector")
-        return {"exp_avg": vector, "exp_avg_slow": vector, "exp_avg_sq": Slot(basis="square")}
+        vector = Slot(basis="vector", packs="signed")
+        return {"exp_avg": vector, "exp_avg_slow": vector, "exp_avg_sq": Slot(basis="square", packs="unsigned")}
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Advance the three averages, mix, divide."""
@@ -162,7 +162,8 @@ class AdanMoments(Part):
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """Three moments and the last gradient."""
-        return {"exp_avg": Slot(), "exp_avg_diff": Slot(), "exp_avg_sq": Slot(), "previous_grad": Slot()}
+        signed, square = Slot(packs="signed"), Slot(packs="unsigned")
+        return {"exp_avg": signed, "exp_avg_diff": signed, "exp_avg_sq": square, "previous_grad": Slot()}
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Advance the moments, mix, divide."""
