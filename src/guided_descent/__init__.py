@@ -59,6 +59,10 @@ ADOPT = class_of(recipes.ADOPT)
 AdEMAMix = class_of(recipes.AdEMAMix)
 Adan = class_of(recipes.Adan)
 MARS = class_of(recipes.MARS)
+ScheduleFreeSGD = class_of(recipes.ScheduleFreeSGD)
+ScheduleFreeAdamW = class_of(recipes.ScheduleFreeAdamW)
+ScheduleFreeRAdam = class_of(recipes.ScheduleFreeRAdam)
+GPAAdamW = class_of(recipes.GPAAdamW)
 
 __all__ = [
     "ADOPT",
@@ -86,6 +90,7 @@ __all__ = [
     "Adamax",
     "Adan",
     "ECShampoo",
+    "GPAAdamW",
     "Grams",
     "KLShampoo",
     "LaProp",
@@ -107,6 +112,9 @@ __all__ = [
     "RMSprop",
     "RoutedOptimizer",
     "SPlus",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeRAdam",
+    "ScheduleFreeSGD",
     "Shampoo",
     "SignSGD",
     "Signum",

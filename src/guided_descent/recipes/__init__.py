@@ -2,6 +2,7 @@
 
 from guided_descent.recipes.adam import AdaBelief, Adam, AdamAtan2, AdamW, AMSGrad, Grams, LaProp, NAdam, NAdamW, Yogi
 from guided_descent.recipes.adaptive import Adadelta, Adagrad, Adamax, RAdam, RMSprop
+from guided_descent.recipes.averaging import GPAAdamW, ScheduleFreeAdamW, ScheduleFreeRAdam, ScheduleFreeSGD
 from guided_descent.recipes.base import REGISTRY, Constraint, Info, Recipe, hyper, lookup, recipe, static
 from guided_descent.recipes.kfac import EKFAC, FOOF, KFAC
 from guided_descent.recipes.layerwise import LAMB, LARS, NormalizedSGD, NovoGrad
@@ -45,6 +46,7 @@ __all__ = [
     "Adan",
     "Constraint",
     "ECShampoo",
+    "GPAAdamW",
     "Grams",
     "Info",
     "KLShampoo",
@@ -65,6 +67,9 @@ __all__ = [
     "RMSprop",
     "Recipe",
     "SPlus",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeRAdam",
+    "ScheduleFreeSGD",
     "Shampoo",
     "SignSGD",
     "Signum",
