@@ -91,9 +91,9 @@ class SAM(Wrapper):
 
     ``g <- grad L(p + rho g / ||g||)``, the norm being that of the whole model. A step evaluates twice:
     ``optimizer.step(closure)`` with a closure that clears the gradients, computes the loss, calls backward and returns
-    the loss; a ``GradScaler`` cannot do that. Running statistics and other buffers count the first pass alone, where the
-    optimizer was built from the model. Under ``DistributedDataParallel`` the first gradient is the mean of all ranks,
-    and so is the point; with ``no_sync`` around the first pass it would be each rank's own, as in the paper.
+    the loss; a ``GradScaler`` cannot do that. Running statistics and other buffers count the first pass alone, where
+    the optimizer was built from the model. Under ``DistributedDataParallel`` the first gradient is the mean of all
+    ranks, and so is the point; with ``no_sync`` around the first pass it would be each rank's own, as in the paper.
     """
 
     rho: float = hyper(0.05, ge=0, help="distance to the point where the gradient is taken")
