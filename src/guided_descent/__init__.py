@@ -61,6 +61,10 @@ ADOPT = class_of(recipes.ADOPT)
 AdEMAMix = class_of(recipes.AdEMAMix)
 Adan = class_of(recipes.Adan)
 MARS = class_of(recipes.MARS)
+ScheduleFreeSGD = class_of(recipes.ScheduleFreeSGD)
+ScheduleFreeAdamW = class_of(recipes.ScheduleFreeAdamW)
+ScheduleFreeRAdam = class_of(recipes.ScheduleFreeRAdam)
+GPAAdamW = class_of(recipes.GPAAdamW)
 
 __all__ = [
     "ADOPT",
@@ -90,6 +94,7 @@ __all__ = [
     "Dion",
     "Dion2",
     "ECShampoo",
+    "GPAAdamW",
     "Grams",
     "KLShampoo",
     "LaProp",
@@ -112,6 +117,9 @@ __all__ = [
     "RefusedError",
     "RoutedOptimizer",
     "SPlus",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeRAdam",
+    "ScheduleFreeSGD",
     "Shampoo",
     "SignSGD",
     "Signum",

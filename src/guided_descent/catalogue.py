@@ -7,12 +7,14 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+from guided_descent.parts import WRAPPERS, Parts, Wrapper
+from guided_descent.parts.numbers import Info, Numbers
 from guided_descent.recipes.base import REGISTRY, Recipe, lookup
 from guided_descent.routing.roles import Block, Piece, Role
 
 
 def list_optimizers(family: str | None = None) -> list[str]:
-    """The keys of all recipes, sorted.
+    """The keys of all recipes, sorted; those of wrappers, which recipes carry, with ``family="wrapper"``.
 
     Args:
         family: Only those of this family.
@@ -24,10 +26,11 @@ def list_optimizers(family: str | None = None) -> list[str]:
         >>> list_optimizers(family="sign")
         ['lion', 'signsgd', 'signum']
     """
-    families = sorted({info.family for info in REGISTRY.values()})
+    known: dict[str, Info[Any]] = {**REGISTRY, **(WRAPPERS if family is not None else {})}
+    families = sorted({info.family for info in known.values()})
     if family is not None and family not in families:
         raise ValueError(f"family {family!r} does not exist (valid: {', '.join(families)})")
-    return sorted(key for key, info in REGISTRY.items() if family in (None, info.family))
+    return sorted(key for key, info in known.items() if family in (None, info.family))
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Description:
 
     def __str__(self) -> str:
         lines = [f"{self.key}  ({self.family}; {self.paper})", "", self.formula, "", "Hyperparameters"]
+        if self.family == "wrapper":
+            lines[-1] += f" (in param groups with {self.key}_ before the name)"
         width = max(len(item["name"]) for item in self.hyperparameters)
         for item in self.hyperparameters:
             rule = f" [{item['rule']}]" if item["rule"] else ""
@@ -64,7 +69,7 @@ class Description:
 
 
 def describe(name: str) -> Description:
-    """Formula, hyperparameters with defaults and ranges, state, cost and source of a recipe.
+    """Formula, hyperparameters with defaults and ranges, state, cost and source of a recipe or a wrapper.
 
     Args:
         name: A key of ``list_optimizers()``.
@@ -76,18 +81,17 @@ def describe(name: str) -> Description:
         >>> describe("muon").family
         'spectral'
     """
-    cls = lookup(name)
-    info = REGISTRY[name]
+    info: Info[Any] = WRAPPERS[name] if name in WRAPPERS else REGISTRY[lookup(name).key]
     block = Block("weight", (Piece("weight", (_SIDE, _SIDE)),), (_SIDE, _SIDE), Role.MATRIX)
-    made = cls()
-    parts = made.parts(block)
+    made = info.cls()
+    parts = Parts(made.part()) if isinstance(made, Wrapper) else made.parts(block)
     slots = parts.slots(block).items()
     return Description(
         key=name,
         family=info.family,
         paper=info.paper,
-        formula=inspect.cleandoc(cls.__doc__ or ""),
-        hyperparameters=tuple(_hyperparameter(item, made) for item in dataclasses.fields(cls)),
+        formula=inspect.cleandoc(info.cls.__doc__ or ""),
+        hyperparameters=tuple(_hyperparameter(item, made) for item in dataclasses.fields(made)),
         state=tuple({"name": n, "shape": list(block.shape if s.layout == "param" else s.shape)} for n, s in slots),
         parts=tuple(f"{type(part).__name__} ({part.where})" for part in parts),
         flops=sum(part.flops(block) for part in parts),
@@ -97,15 +101,15 @@ def describe(name: str) -> Description:
 _SIDE = 1024
 
 
-def _hyperparameter(item: dataclasses.Field[Any], made: Recipe) -> dict[str, Any]:
+def _hyperparameter(item: dataclasses.Field[Any], made: Numbers) -> dict[str, Any]:
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     meta = item.metadata
     if not meta:
         value = getattr(made, item.name)
-        given = isinstance(value, Recipe)
-        aux = value if given else made.default_aux()
+        aux = value if isinstance(value, Recipe) else made.default_aux() if isinstance(made, Recipe) else None
+        assert aux is not None
         rate = aux.values()["lr"]
-        shared = not given and rate == made.values()["lr"]
+        shared = value is None and rate == made.values()["lr"]
         default = f"{aux.label} with the same numbers" if shared else f"{aux.label}(lr={rate})"
         return {"name": item.name, "default": default, "rule": "", "help": "recipe of the blocks that are no matrices"}
     if meta["kind"] == "static" and meta["of"]:

@@ -22,6 +22,8 @@ SMALL: dict[str, Any] = {
     "factor_frequency": 2,
     "start_preconditioning_step": 3,
     "ns_dtype": "float32",
+    "warmup_steps": 10,
+    "silent_sgd_phase": False,
 }
 TOKENS = 11
 
@@ -178,6 +180,11 @@ def exact(key: str) -> dict[str, Any]:
     return {"ns_dtype": "float64"} if has(key, "ns_dtype") else {}
 
 
+def steady(key: str) -> dict[str, Any]:
+    """Options under which a step has its full length from the start."""
+    return {"warmup_steps": 0} if has(key, "warmup_steps") else {}
+
+
 def undrawn(key: str) -> dict[str, Any]:
     """Options under which no labels are drawn, so that two routes see the same curvature."""
     return {"fisher": "exact"} if reads_layers(key) and recipe_of(key)().values()["fisher"] == "mc" else {}
@@ -244,6 +251,17 @@ def push(opt: RoutedOptimizer, steps: int = 1, seed: int = 0, scale: float = 1.0
     params = [p for group in opt.param_groups for p in group["params"] if p.requires_grad]
     for number in range(7919 * seed, 7919 * seed + steps):
         feed(opt, lambda number=number: fill(params, number, scale), number)
+
+
+def sequence(opt: RoutedOptimizer, decaying: bool = False) -> dict[str, Any]:
+    """Copies of what the steps move, by name: the parameters, or the z of a recipe that averages; or of what decays."""
+    found: dict[str, Any] = {}
+    for bucket in opt._engine.bind().buckets:
+        average = bucket.parts.average
+        own = average is not None and (not decaying or getattr(average, "decay", None) is not None)
+        for p in (p for owners in bucket.owners for p in owners):
+            found[p.name] = (opt.state[p.tensor]["z"] if own else p.tensor.detach()).clone()
+    return found
 
 
 def look(opt: RoutedOptimizer, seed: int) -> None:

@@ -18,10 +18,12 @@ FULL_RANK: dict[str, Any] = {"max_precond_dim": WIDTH, "precondition_frequency":
 
 
 def options(name: str) -> dict[str, Any]:
-    """What makes the comparison exact: no rounding of a null space, and no draw that differs by micro-batch."""
+    """What makes the comparison exact: no rounding of a null space, no draw that differs by micro-batch, no rest."""
     if gd.recipes.lookup(name).reads_layers:
         fisher = "forward" if name == "foof" else "empirical"
         return {"loss": "cross_entropy", "fisher": fisher}
+    if "silent_sgd_phase" in gd.recipes.lookup(name).numbers():
+        return {"silent_sgd_phase": False}
     return FULL_RANK if name in ("soap", "ec_shampoo", "kl_soap", "splus") else {}
 
 

@@ -7,8 +7,8 @@ parameters unfrozen late all keep what they have.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import Field, dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from guided_descent.engine.buckets import STACK, Bucket, Parameter, Slice, capac
 from guided_descent.engine.refresh import waiting_slots
 from guided_descent.engine.state import param_slot, real, slot_key, work_dtype
 from guided_descent.parts.base import Part, Parts, Slot
+from guided_descent.parts.numbers import Numbers
+from guided_descent.parts.wrapper import Wrapper
 from guided_descent.recipes.base import Recipe
 from guided_descent.routing.roles import Block
 
@@ -61,6 +63,7 @@ class Binder:
         recipes: The recipe of each group.
         blocks: The blocks of each parameter, by canonical name.
         add: Parts added to every recipe.
+        carried: The wrappers of each group, whose parts are among the added ones.
         workspace_mb: Bound of the scratch memory; a single larger matrix may exceed it.
     """
 
@@ -71,6 +74,7 @@ class Binder:
         recipes: list[Recipe],
         blocks: dict[str, tuple[Block, ...]],
         add: tuple[Part, ...],
+        carried: list[tuple[Wrapper, ...]],
         workspace_mb: float,
     ) -> None:
         self.groups = groups
@@ -78,6 +82,7 @@ class Binder:
         self.recipes = recipes
         self.blocks = blocks
         self.add = add
+        self.carried = carried
         self.workspace_mb = workspace_mb
         self.plan: Plan | None = None
         self._parts: dict[tuple[int, Block], Parts] = {}
@@ -103,6 +108,11 @@ class Binder:
         if key not in self._parts:
             recipe = self.recipes[group]
             parts = recipe.parts(block) + self.add
+            if parts.average is not None and recipe.couples:
+                raise ValueError(
+                    f"{recipe.label} edits parameters after the step, of which {type(parts.average).__name__} would "
+                    "know nothing: leave one of them out"
+                )
             for part in parts:
                 lacking = [name for name in part.keys if name not in self.groups[group]]
                 if lacking:
@@ -112,6 +122,16 @@ class Binder:
                     )
             self._parts[key] = parts
         return self._parts[key]
+
+    def sources(self, group: int) -> tuple[Numbers, ...]:
+        """Who declares keys of a group: its recipe and its wrappers."""
+        return (self.recipes[group], *self.carried[group])
+
+    def declared(self, group: int) -> Iterator[tuple[Numbers, str, Field[Any]]]:
+        """The keys that a group has from them: who declares it, its name, the field."""
+        for source in self.sources(group):
+            for name, item in source.numbers().items():
+                yield source, name, item
 
     def forget(self) -> None:
         """Bind anew at the next use; state is kept."""

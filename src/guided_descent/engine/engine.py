@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from guided_descent.engine.buckets import Bucket, Slice
 from guided_descent.engine.compiled import Compiled
 from guided_descent.engine.observing import Observer
 from guided_descent.engine.policies import PATIENCE, NonFiniteError, all_finite, culprits
+from guided_descent.engine.probing import again, probe
 from guided_descent.engine.refresh import Refresher
 from guided_descent.engine.state import HALF, work_dtype
 from guided_descent.linalg.workspace import Workspace
@@ -51,6 +52,7 @@ class Work:
     step: int
     gradients: Rows
     parts: tuple[Part, ...]
+    probed: Rows | None = None  # gradients at another point, where they are kept apart
     batch: Batch | None = None
     position: int = 0
     tag: str = ""  # of its scratch
@@ -89,6 +91,7 @@ class Engine:
         self.observer: Observer | None = None
         self.process_group: Any = None  # the ranks of a DistributedDataParallel model
         self.objective: Any = None  # what the running step was given
+        self.buffers: Callable[[], Iterable[Tensor]] | None = None  # of the model, where it is known
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but scratch, graphs and hooks on the model."""
@@ -100,6 +103,7 @@ class Engine:
             "observer": None,
             "notes": {},
             "process_group": None,
+            "buffers": None,
         }
 
     def bind(self) -> Plan:
@@ -131,7 +135,7 @@ class Engine:
                 loss = closure()
         plan = self.bind()
         self._check_groups()
-        gradients = self._gradients(plan)
+        gradients = self.gradients(plan)
         plan = self.bind_current()
         active = [i for i, g in enumerate(gradients) if g is not None]
         judging = self._judging(plan, closure)
@@ -167,18 +171,25 @@ class Engine:
         if refusal is not None:
             self._skip(refusal)
             return
-        probes = self._evaluations(plan)
-        if probes > 1:
-            gradients = self._probe(plan, gradients, closure, probes)
+        probed: list[Tensor | None] | None = None
+        asked = [bucket.parts.probing for bucket in plan.buckets if bucket.parts.probing is not None]
+        if asked:
+            apart = asked[0].needs.apart
+            first = [g.clone() if g is not None else None for g in gradients] if apart else gradients
+            found = probe(self, plan, gradients, closure)
+            if apart:
+                gradients, probed = [None if other is None else g for g, other in zip(first, found)], found
+            else:
+                gradients = found
             active = [i for i, g in enumerate(gradients) if g is not None]
-            if not active or not self._finite(plan, gradients, active):
+            if not active or not self._finite(plan, found, active):
                 return
         self.skipped_in_row = 0
         ballot.remember()
         if self.observer is not None:
             self.observer.reduce()
         active = self._whole(plan, gradients, active)
-        work = self._schedule(plan, gradients, active)
+        work = self.schedule(plan, gradients, active, probed)
         self._run(work)
         self.refresher.run(work)
         self._constrain(plan, gradients)
@@ -215,16 +226,14 @@ class Engine:
         kept = [tensor.grad for tensor in tensors]
         for tensor in tensors:
             tensor.grad = None
-        if self.observer is not None:
-            self.observer.capture.disarm()
-        with torch.enable_grad():
-            after = _number(closure())
+        after = _number(again(self, closure))
         for tensor, grad in zip(tensors, kept):
             tensor.grad = grad
         for group, part in judging:
             part.judge(self.groups[group]["extra"], self.groups[group], before, after)
 
-    def _gradients(self, plan: Plan) -> list[Tensor | None]:
+    def gradients(self, plan: Plan) -> list[Tensor | None]:
+        """The gradient of each parameter, checked."""
         gradients = [p.tensor.grad for p in plan.parameters]
         for p, g in zip(plan.parameters, gradients):
             if g is None:
@@ -272,26 +281,26 @@ class Engine:
     def _ballot(self, plan: Plan, gradients: Sequence[Tensor | None], active: Sequence[int]) -> Ballot:
         """What the parts that may refuse the step find in its gradients; nothing is changed."""
         ballot = Ballot(self.groups, plan.buckets)
-        for w in self._schedule(plan, gradients, active) if ballot else ():
+        for w in self.schedule(plan, gradients, active) if ballot else ():
             for part in (part for part in w.parts if part.gauges):
-                ballot.add(part, part.gauge(self._batch(w), self.groups[w.bucket.group]))
+                ballot.add(part, part.gauge(self.batch(w), self.groups[w.bucket.group]))
         return ballot
 
     def _check_groups(self) -> None:
         """Structure is fixed: a changed static key, or a momentum that was zero, is an error and not ignored."""
-        for group, recipe in zip(self.groups, self.recipes):
-            for name, item in recipe.numbers().items():
+        for index, group in enumerate(self.groups):
+            for source, name, item in self.binder.declared(index):
                 meta = item.metadata
-                built = getattr(recipe, name)
+                built = getattr(source, item.name)
                 now = group[name]
                 if meta["kind"] == "static" and now != built:
                     raise ValueError(
-                        f"{name} of {recipe.label} was {built!r} when the optimizer was built and is now {now!r}: it "
+                        f"{name} of {source.label} was {built!r} when the optimizer was built and is now {now!r}: it "
                         "chooses structure; build a new optimizer"
                     )
                 if meta["kind"] == "hyper" and meta["structural"] and bool(now) != bool(built):
                     raise ValueError(
-                        f"{name} of {recipe.label} went from {built!r} to {now!r}: a part comes or goes with zero; "
+                        f"{name} of {source.label} went from {built!r} to {now!r}: a part comes or goes with zero; "
                         "build a new optimizer"
                     )
 
@@ -308,7 +317,13 @@ class Engine:
                     waiting.update(have)
         return [i for i in active if i not in waiting]
 
-    def _schedule(self, plan: Plan, gradients: Sequence[Tensor | None], active: Sequence[int]) -> list[Work]:
+    def schedule(
+        self,
+        plan: Plan,
+        gradients: Sequence[Tensor | None],
+        active: Sequence[int],
+        probed: Sequence[Tensor | None] | None = None,
+    ) -> list[Work]:
         """The slices to run: whole buckets where every row is active and at one step, else rows by step."""
         together = len(active) == len(plan.parameters) and len(set(plan.counts)) == 1
         found = []
@@ -321,7 +336,9 @@ class Engine:
                 slices = bucket.slices
                 if len(rows) != len(bucket.blocks):
                     slices = self.cut_all(bucket, rows)
-                found += [Work(piece, bucket, step, piece.gradients(gradients), parts) for piece in slices]
+                for piece in slices:
+                    other = None if probed is None else piece.gradients(probed)
+                    found.append(Work(piece, bucket, step, piece.gradients(gradients), parts, other))
         return found
 
     @staticmethod
@@ -382,9 +399,9 @@ class Engine:
             return
         w.batch = self._begin(w)
         if self.compiled is not None and w.step > 2 and w.batch.seen is None:
-            self._unpack(w)
-            w.batch.w = self._open(w)
-            w.batch.ticks = self.compiled.run(w.slice, w.parts, w.batch.g, w.batch.w, h, w.step)
+            self.unpack(w)
+            rows = self._open(w, w.batch)
+            w.batch.ticks = self.compiled.run(w.slice, w.parts, w.batch, rows, h, w.step)
         else:
             self._advance(w, {})
         self._finish(w)
@@ -400,8 +417,8 @@ class Engine:
             part = w.parts[w.position]
             if part in ready and w.batch is not None:
                 if any(slot.layout == "param" for slot in part.slots(w.slice.blocks[0]).values()):
-                    self._unpack(w)
-                self._add(found, part, part.sums(w.batch, w.slice.state, self.groups[w.bucket.group]))
+                    self.unpack(w)
+                self.add(found, part, part.sums(w.batch, w.slice.state, self.groups[w.bucket.group]))
         for part in ready:
             if part.multiplies:
                 found[part]["products"] = self._products(part, [w for w in waiting if w.parts[w.position] == part])
@@ -430,26 +447,33 @@ class Engine:
         return products
 
     @staticmethod
-    def _add(totals: Totals, part: Part, values: Mapping[str, Tensor]) -> None:
+    def add(totals: Totals, part: Part, values: Mapping[str, Tensor]) -> None:
+        """Add a part's sums to the totals."""
         into = totals.setdefault(part, {})
         for name, value in values.items():
             into[name] = into[name] + value if name in into else value.clone()
 
     def _begin(self, w: Work, tag: str = "") -> Batch:
-        batch = self._batch(w, tag)
+        batch = self.batch(w, tag)
+        if w.step == 1:
+            for name, slot in w.bucket.slots.items():
+                if slot.copies:
+                    w.slice.state[name].copy_(w.slice.p)
         if w.slice.leads:
             for part in w.parts:
                 part.begin(w.slice.state, self.groups[w.bucket.group], w.step)
         return batch
 
-    def _batch(self, w: Work, tag: str = "") -> Batch:
+    def batch(self, w: Work, tag: str = "") -> Batch:
         """The view of a slice that its parts work on."""
         piece, group, work = w.slice, self.groups[w.bucket.group], self.work
         piece.gather()
-        g = w.gradients
-        if group["maximize"] or any(row.dtype != piece.work for row in g.list):
-            converted = piece.scratch(f"gradient{tag}", work).copy_(g)
-            g = converted.neg_() if group["maximize"] else converted
+
+        def gradient(g: Rows, name: str) -> Rows:
+            if not group["maximize"] and all(row.dtype == piece.work for row in g.list):
+                return g
+            converted = piece.scratch(f"{name}{tag}", work).copy_(g)
+            return converted.neg_() if group["maximize"] else converted
 
         def scratch(name: str) -> Rows:
             w.started = True
@@ -460,7 +484,7 @@ class Engine:
 
         w.tag, w.started = tag, False
         return Batch(
-            g=g,
+            g=gradient(w.gradients, "gradient"),
             p=read,
             blocks=piece.blocks,
             scratch=scratch,
@@ -469,6 +493,7 @@ class Engine:
             work=work,
             seed=group["seed"],
             seen=self.observer.seen_by(piece.blocks) if self.observer is not None else None,
+            probed=None if w.probed is None else gradient(w.probed, "probed"),
         )
 
     def _advance(self, w: Work, totals: Totals) -> None:
@@ -484,8 +509,8 @@ class Engine:
                     )
                 return
             if part.where in WRITERS and x.w is None:
-                x.w = self._open(w)
-            self._unpack(w)
+                self._open(w, x)
+            self.unpack(w)
             part.update(x, w.slice.state, h, totals.get(part, {}))
             w.position += 1
 
@@ -499,18 +524,25 @@ class Engine:
         w.slice.scatter()
         self.collect(w.slice, x)
 
-    def _unpack(self, w: Work) -> None:
+    def unpack(self, w: Work) -> None:
         """Bring packed state into scratch, once in a step."""
         if w.slice.codes and not w.unpacked:
             w.slice.unpack(w.tag, self.work)
             w.started = w.unpacked = True
 
-    def _open(self, w: Work) -> Rows:
+    def _open(self, w: Work, x: Batch) -> Rows:
         """The parameters to write: themselves, or a float32 working copy of half-precision ones."""
-        if not w.slice.half:
-            return w.slice.p
-        mode = self.groups[w.bucket.group]["rounding"]
+        x.w = self.working_copy(w) if w.slice.half else w.slice.p
+        if w.bucket.parts.before:
+            x.before = w.slice.scratch("before", self.work).copy_(x.w)
+        return x.w
+
+    def working_copy(self, w: Work) -> Rows:
+        """The parameters in the work dtype and in all the precision that there is, in scratch."""
         copy = w.slice.scratch("written", self.work)
+        if not w.slice.half:
+            return copy.copy_(w.slice.p)
+        mode = self.groups[w.bucket.group]["rounding"]
         for row, p, extra in zip(copy.list, w.slice.p.list, self._extras(w, mode)):
             rounding.load(row, p, extra, mode)
         return copy
@@ -530,7 +562,13 @@ class Engine:
 
     def view(self, w: Work, piece: Slice) -> Batch:
         """Some rows of a slice for slow work, which reads no gradient."""
-        return self._batch(Work(piece, w.bucket, w.step, piece.p, w.parts))
+        return self.batch(Work(piece, w.bucket, w.step, piece.p, w.parts))
+
+    def look(self, bucket: Bucket, piece: Slice) -> tuple[Work, Batch]:
+        """A slice outside a step, for what reads no gradient and minds no step."""
+        w = Work(piece, bucket, 1, piece.p, tuple(bucket.parts))
+        w.batch = self.batch(w)
+        return w, w.batch
 
     def collect(self, piece: Slice, x: Batch) -> None:
         """Count the events of a batch."""
@@ -548,50 +586,7 @@ class Engine:
                 log.warning("%s at step %d: %s", name, self.groups[0]["steps"] + 1, LOGGED[counter])
             counts[counter] += times
 
-    # -- probes, constraints, counters --------------------------------------------------------------------
-
-    def _evaluations(self, plan: Plan) -> int:
-        return max((bucket.parts.evaluations for bucket in plan.buckets), default=1)
-
-    def _probe(
-        self, plan: Plan, gradients: list[Tensor | None], closure: Callable[[], Any] | None, evaluations: int
-    ) -> list[Tensor | None]:
-        """Take the gradient at a displaced point, and come back to the bit."""
-        if closure is None:
-            names = sorted({type(p).__name__ for b in plan.buckets for p in b.parts if p.needs.evaluations > 1})
-            raise ValueError(
-                f"{', '.join(names)} needs {evaluations} gradient evaluations a step: call step(closure) with a "
-                "closure that clears the gradients, computes the loss, calls backward and returns the loss"
-            )
-        for _ in range(evaluations - 1):
-            active = [i for i, g in enumerate(gradients) if g is not None]
-            works = self._schedule(plan, gradients, active)
-            saved = [plan.parameters[i].tensor.detach().clone() for i in active]
-            prepared: list[tuple[Work, Part]] = []
-            totals: Totals = {}
-            for number, w in enumerate(works):
-                for part in w.parts:
-                    if part.needs.evaluations > 1:
-                        w.batch = self._batch(w, tag=f".{number}")
-                        self._unpack(w)
-                        sums = part.sums(w.batch, w.slice.state, self.groups[w.bucket.group])
-                        self._add(totals, part, sums)
-                        prepared.append((w, part))
-            for w, part in prepared:
-                x = w.batch
-                assert x is not None
-                part.probe(x, w.slice.state, self.groups[w.bucket.group], totals[part])
-                w.slice.p.add_(x.u, alpha=x.factor)
-                if w.unpacked:
-                    w.slice.pack(w.step)
-            try:
-                with torch.enable_grad():
-                    closure()
-            finally:
-                for i, value in zip(active, saved):
-                    plan.parameters[i].tensor.detach().copy_(value)
-            gradients = self._gradients(plan)
-        return gradients
+    # -- constraints, counters --------------------------------------------------------------------
 
     def _constrain(self, plan: Plan, gradients: Sequence[Tensor | None]) -> None:
         coupled = [i for i, recipe in enumerate(self.recipes) if recipe.couples]

@@ -7,38 +7,72 @@ from guided_descent.parts.adaptive import (
     QuotientMomentum,
     RectifiedMoments,
     RootRatio,
+    SecondMoment,
     SquareAverage,
     SquareSum,
     YogiMoments,
 )
+from guided_descent.parts.average import (
+    GPA,
+    FadingAverage,
+    Lookahead,
+    PrimalAverage,
+    RectifiedAverage,
+    ScheduleFree,
+    SlowWeights,
+    UniformAverage,
+)
 from guided_descent.parts.base import ORDER, Batch, Found, Hyper, Needs, Part, Parts, Policy, Slot, State, Task
 from guided_descent.parts.clip import AGC, Centralize, ClipEach, ClipNorm, ClipUpdate, ClipValue
 from guided_descent.parts.decay import ALL_DECAYS, DECAYS, L2, CautiousDecay, Decoupled
-from guided_descent.parts.estimate import AdamMoments, Ema, LionMomentum, Moments, Momentum, NadamMoments, Velocity
+from guided_descent.parts.estimate import (
+    AdamMoments,
+    Ema,
+    LionMomentum,
+    Moments,
+    Momentum,
+    NadamMoments,
+    Velocity,
+)
 from guided_descent.parts.geometry import CARRIES, NS_DTYPES, Eigenbasis, Polar, Sign
 from guided_descent.parts.layerwise import LarsRatio, Normalize, NormalizeEach, NormMoments, TrustRatio
-from guided_descent.parts.mask import Cautious, GradientSigns
-from guided_descent.parts.memory import AdanMoments, AdoptMoments, CorrectedGradient, ProximalDecay, TwoMomenta
+from guided_descent.parts.mask import Cautious, GradientMask, GradientSigns
+from guided_descent.parts.memory import (
+    AdanMoments,
+    AdoptMoments,
+    CorrectedGradient,
+    ExactCorrection,
+    PreviousPoint,
+    ProximalDecay,
+    TwoMomenta,
+)
 from guided_descent.parts.rows import Rows
 from guided_descent.parts.scale import SCALES, InverseTime, MatrixScale
+from guided_descent.parts.sharpness import ASAM, SAM, Ascent, ScaledAscent
 from guided_descent.parts.slow import Slow
 from guided_descent.parts.spikes import AdaGC, SkipSpikes, ZClip
 from guided_descent.parts.step import Descend, Displace, writable
+from guided_descent.parts.wrapper import WRAPPERS, Wrapper
 
 __all__ = [
     "AGC",
     "ALL_DECAYS",
+    "ASAM",
     "CARRIES",
     "DECAYS",
+    "GPA",
     "L2",
     "NS_DTYPES",
     "ORDER",
+    "SAM",
     "SCALES",
+    "WRAPPERS",
     "AdaGC",
     "AdamMoments",
     "AdanMoments",
     "AdoptMoments",
     "AngleMoments",
+    "Ascent",
     "Batch",
     "BeliefMoments",
     "Cautious",
@@ -54,12 +88,16 @@ __all__ = [
     "Displace",
     "Eigenbasis",
     "Ema",
+    "ExactCorrection",
+    "FadingAverage",
     "Found",
+    "GradientMask",
     "GradientSigns",
     "Hyper",
     "InverseTime",
     "LarsRatio",
     "LionMomentum",
+    "Lookahead",
     "MatrixScale",
     "MaximumMoments",
     "Moments",
@@ -73,22 +111,31 @@ __all__ = [
     "Parts",
     "Polar",
     "Policy",
+    "PreviousPoint",
+    "PrimalAverage",
     "ProximalDecay",
     "QuotientMomentum",
+    "RectifiedAverage",
     "RectifiedMoments",
     "RootRatio",
     "Rows",
+    "ScaledAscent",
+    "ScheduleFree",
+    "SecondMoment",
     "Sign",
     "SkipSpikes",
     "Slot",
     "Slow",
+    "SlowWeights",
     "SquareAverage",
     "SquareSum",
     "State",
     "Task",
     "TrustRatio",
     "TwoMomenta",
+    "UniformAverage",
     "Velocity",
+    "Wrapper",
     "YogiMoments",
     "ZClip",
     "writable",

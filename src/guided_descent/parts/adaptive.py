@@ -210,6 +210,39 @@ class RectifiedMoments(Moments):
 
 
 @dataclass(frozen=True)
+class SecondMoment(Moments):
+    """The direction over the root of its second moment, bias-corrected: Adam's without a first moment.
+
+    ``v <- b2 v + (1 - b2) u^2``, ``u <- u / (sqrt(v / bc2) + eps)``; with ``late`` only where ``rho_t > 4``, see
+    ``rectification``, and ``u`` stays before. State: ``exp_avg_sq``, shaped like the parameter.
+    """
+
+    late: bool = False
+    bound: ClassVar[float] = 4.0
+
+    def slots(self, block: Block) -> dict[str, Slot]:
+        """The second moment."""
+        return {"exp_avg_sq": Slot(basis="square")}
+
+    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """Advance the moment and divide."""
+        g, beta2 = x.read(), h[self.betas][1]
+        second = self.advance(x, g, s, h)
+        rho = rectification(x.step, beta2)[0] if self.late else torch.inf
+        if not isinstance(rho, Tensor) and rho <= self.bound:
+            return
+        root = x.beside().copy_(second).sqrt_().div_((1 - beta2**x.step) ** 0.5).add_(h[self.eps] * x.eps_scale)
+        if isinstance(rho, Tensor):  # one graph for every step
+            enough = rho > self.bound
+            root.apply_(lambda row: row.copy_(torch.where(enough, row, torch.ones_like(row))))
+        x.lend(root.rdiv_(g))
+
+    def flops(self, block: Block) -> float:
+        """About 8 per element."""
+        return 8.0 * block.numel
+
+
+@dataclass(frozen=True)
 class BeliefMoments(Moments):
     """AdaBelief's direction: Adam's, with the distance of the gradient from its average in the place of the gradient.
 

@@ -2,6 +2,7 @@
 
 from guided_descent.recipes.adam import AdaBelief, Adam, AdamAtan2, AdamW, AMSGrad, Grams, LaProp, NAdam, NAdamW, Yogi
 from guided_descent.recipes.adaptive import Adadelta, Adagrad, Adamax, RAdam, RMSprop
+from guided_descent.recipes.averaging import GPAAdamW, ScheduleFreeAdamW, ScheduleFreeRAdam, ScheduleFreeSGD
 from guided_descent.recipes.base import REGISTRY, Constraint, Info, Recipe, hyper, lookup, recipe, static
 from guided_descent.recipes.dion import Dion, Dion2
 from guided_descent.recipes.kfac import EKFAC, FOOF, KFAC
@@ -48,6 +49,7 @@ __all__ = [
     "Dion",
     "Dion2",
     "ECShampoo",
+    "GPAAdamW",
     "Grams",
     "Info",
     "KLShampoo",
@@ -68,6 +70,9 @@ __all__ = [
     "RMSprop",
     "Recipe",
     "SPlus",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeRAdam",
+    "ScheduleFreeSGD",
     "Shampoo",
     "SignSGD",
     "Signum",
