@@ -383,7 +383,7 @@ def test_compiled_graphs_see_the_same(backend: str) -> None:
 
 def test_parts_with_global_sums_and_skipped_steps() -> None:
     models = [net(), net()]
-    opt = gd.AdamW(models[0], state_dtype="8bit", add=[parts.ClipNorm(1e6), parts.SkipSpikes(warmup=3)])
+    opt = gd.AdamW(models[0], state_dtype="8bit", add=[parts.ClipNorm(max_norm=1e6), parts.SkipSpikes(warmup=3)])
     plain = gd.AdamW(models[1], state_dtype="8bit", fused=False)  # no kernel for the small ones either
     for number in range(8):
         push(opt, 1, first=number)

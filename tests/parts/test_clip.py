@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import guided_descent as gd
 from guided_descent import parts
-from guided_descent.parts import Part
+from guided_descent.parts import Part, Wrapper
 from guided_descent.parts.clip import unit_axes
 from guided_descent.recipes import Recipe, hyper
 from guided_descent.routing import route
@@ -46,11 +46,11 @@ def feed(opt: gd.Optimizer, model: nn.Module, grads: dict[str, Tensor]) -> None:
     opt.step()
 
 
-CASES: list[tuple[Part, Callable[..., dict[str, Tensor]]]] = [
-    (parts.ClipNorm(2.0), functools.partial(oracle.norm, bound=2.0)),
-    (parts.ClipNorm(20.0), functools.partial(oracle.norm, bound=20.0)),
-    (parts.ClipEach(3.0), functools.partial(oracle.each, bound=3.0)),
-    (parts.ClipValue(0.7), functools.partial(oracle.value, bound=0.7)),
+CASES: list[tuple[Part | Wrapper, Callable[..., dict[str, Tensor]]]] = [
+    (parts.ClipNorm(max_norm=2.0), functools.partial(oracle.norm, bound=2.0)),
+    (parts.ClipNorm(max_norm=20.0), functools.partial(oracle.norm, bound=20.0)),
+    (parts.ClipEach(max_norm=3.0), functools.partial(oracle.each, bound=3.0)),
+    (parts.ClipValue(max_value=0.7), functools.partial(oracle.value, bound=0.7)),
     (parts.AGC(), functools.partial(oracle.agc, lam=0.01)),
     (parts.AGC(clip=1.1, floor=2.0), functools.partial(oracle.agc, lam=1.1, floor=2.0)),
     (parts.Centralize(), oracle.centralize),
@@ -69,9 +69,12 @@ CASES: list[tuple[Part, Callable[..., dict[str, Tensor]]]] = [
 ]
 
 
+EVERY = [*(case[0] for case in CASES), parts.ClipUpdate(max_rms=0.3)]
+
+
 @pytest.mark.parametrize(("part", "rule"), CASES, ids=lambda value: str(value)[:24])
 @pytest.mark.parametrize("key", ["sgd", "adamw", "muon"])
-def test_gradients_become_those_of_the_reference(part: Part, rule: Callable[..., Any], key: str) -> None:
+def test_gradients_become_those_of_the_reference(part: Part | Wrapper, rule: Callable[..., Any], key: str) -> None:
     """The recipe with the part, beside the recipe alone that is given the reference's gradients."""
     model, plain = bag(), bag()
     rules = [gd.rule("w", role="matrix"), gd.rule("v", role="matrix"), gd.rule("k", role="conv")]
@@ -91,7 +94,7 @@ def test_gradients_become_those_of_the_reference(part: Part, rule: Callable[...,
 
 def test_global_norm_clipping_is_torchs() -> None:
     model, other = bag(), bag()
-    opt = gd.AdamW(model, lr=0.1, weight_decay=0.0, add=[parts.ClipNorm(3.0)])
+    opt = gd.AdamW(model, lr=0.1, weight_decay=0.0, add=[parts.ClipNorm(max_norm=3.0)])
     theirs = torch.optim.AdamW(other.parameters(), lr=0.1, weight_decay=0.0)
     for t in range(35):
         feed(opt, model, gradients(t))
@@ -115,7 +118,9 @@ def test_global_norm_clipping_is_torchs() -> None:
     ],
 )
 @pytest.mark.parametrize("bound", [INF, 1e30])
-def test_without_a_bound_it_is_the_identity_to_the_bit(mu: float, part: type[Part], field: str, bound: float) -> None:
+def test_without_a_bound_it_is_the_identity_to_the_bit(
+    mu: float, part: type[Wrapper], field: str, bound: float
+) -> None:
     model, plain = bag(torch.float32), bag(torch.float32)
     opt = gd.SGD(model, lr=0.1, momentum=mu, fused=False, add=[part(**{field: bound})])
     alone = gd.SGD(plain, lr=0.1, momentum=mu, fused=False)
@@ -144,7 +149,7 @@ def test_a_global_norm_counts_every_tensor_of_every_group_once() -> None:
     net = Net()
     rules = [gd.rule("norm.*", lr=0.5), gd.rule("embed.*", recipe=gd.recipes.SGD(lr=1.0))]
     for workspace in (64.0, 0.01):
-        opt = gd.build(net, gd.recipes.Muon(), rules=rules, add=[parts.ClipNorm(1.0)], workspace_mb=workspace)
+        opt = gd.build(net, gd.recipes.Muon(), rules=rules, add=[parts.ClipNorm(max_norm=1.0)], workspace_mb=workspace)
         assert len(opt.param_groups) >= 4
         before = net.embed.weight.detach().clone()
         for p in net.parameters():
@@ -153,7 +158,7 @@ def test_a_global_norm_counts_every_tensor_of_every_group_once() -> None:
         opt.step()
         torch.testing.assert_close(before - net.embed.weight, net.embed.weight.grad / (n + 1e-6), rtol=1e-5, atol=1e-6)
     pair = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(4))]
-    opt = gd.SGD([{"params": pair[:1], "lr": 1.0}, {"params": pair[1:], "lr": 2.0}], add=[parts.ClipNorm(1.0)])
+    opt = gd.SGD([{"params": pair[:1], "lr": 1.0}, {"params": pair[1:], "lr": 2.0}], add=[parts.ClipNorm(max_norm=1.0)])
     for p in pair:
         p.grad = torch.full_like(p, 2.0)
     opt.step()
@@ -164,16 +169,18 @@ def test_a_global_norm_counts_every_tensor_of_every_group_once() -> None:
 
 def test_a_parameter_without_a_gradient_is_not_counted() -> None:
     pair = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(4))]
-    opt = gd.SGD(pair, lr=1.0, add=[parts.ClipNorm(1.0)])
+    opt = gd.SGD(pair, lr=1.0, add=[parts.ClipNorm(max_norm=1.0)])
     pair[0].grad = torch.full((3,), 2.0)
     opt.step()
     torch.testing.assert_close(pair[0].detach(), torch.full((3,), -2 / math.sqrt(12)))
     assert opt.audit() == {"param.0": {"norm_seen": 1, "norm_clipped": 1}}
 
 
-@pytest.mark.parametrize("part", [case[0] for case in CASES] + [parts.ClipUpdate(0.3)], ids=lambda v: str(v)[:24])
+@pytest.mark.parametrize(
+    "part", [case[0] for case in CASES] + [parts.ClipUpdate(max_rms=0.3)], ids=lambda v: str(v)[:24]
+)
 @pytest.mark.parametrize("rounding", ["master", "stochastic"])
-def test_half_precision_weights(part: Part, rounding: str) -> None:
+def test_half_precision_weights(part: Part | Wrapper, rounding: str) -> None:
     """The arithmetic is that of float32 on the same gradients."""
     model, wide = bag(torch.bfloat16), bag(torch.bfloat16).float()
     opt = gd.SGD(model, lr=0.01, momentum=0.9, rounding=rounding, add=[part])
@@ -189,8 +196,10 @@ def test_half_precision_weights(part: Part, rounding: str) -> None:
     assert opt.audit().keys() == full.audit().keys()
 
 
-@pytest.mark.parametrize("part", [case[0] for case in CASES] + [parts.ClipUpdate(0.3)], ids=lambda v: str(v)[:24])
-def test_awkward_tensors_and_compiled_graphs(part: Part) -> None:
+@pytest.mark.parametrize(
+    "part", [case[0] for case in CASES] + [parts.ClipUpdate(max_rms=0.3)], ids=lambda v: str(v)[:24]
+)
+def test_awkward_tensors_and_compiled_graphs(part: Part | Wrapper) -> None:
     shapes = [(), (1,), (0,), (0, 4), (4, 0), (1, 6), (6, 1), (2, 3, 4), (3, 0, 2), (300, 300)]
     made = torch.Generator().manual_seed(0)
     start = [torch.randn(s, dtype=F64, generator=made) for s in shapes]
@@ -248,7 +257,7 @@ class Look(Part):
 
 
 def test_weight_and_bias_of_one_block_are_measured_together_and_cut_apart() -> None:
-    def clipped(part: Part) -> tuple[list[Tensor], dict[str, dict[str, int]], list[Tensor]]:
+    def clipped(part: Part | Wrapper) -> tuple[list[Tensor], dict[str, dict[str, int]], list[Tensor]]:
         torch.manual_seed(2)
         net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)).double()
         opt = gd.build(net, gd.recipes.KFAC(), add=[part, Look()], loss="mse")
@@ -258,7 +267,7 @@ def test_weight_and_bias_of_one_block_are_measured_together_and_cut_apart() -> N
         first = next(rows for rows in SEEN if len(rows) == 2 and rows[0].shape == (5, 4))
         return first, opt.audit(), [net[0].weight.grad, net[0].bias.grad]
 
-    [w, b], audit, [gw, gb] = clipped(parts.ClipEach(0.01))
+    [w, b], audit, [gw, gb] = clipped(parts.ClipEach(max_norm=0.01))
     factor = 0.01 / (math.hypot(float(gw.norm()), float(gb.norm())) + 1e-6)
     torch.testing.assert_close([w, b], [gw * factor, gb * factor])
     assert (audit["0.weight"]["each_clipped"], audit["0.bias"]["each_clipped"]) == (1, 1)
@@ -289,11 +298,11 @@ def test_the_clipped_share_can_be_read() -> None:
     g = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
     counts = {}
     for part in (
-        parts.ClipNorm(1.0),
-        parts.ClipEach(1.0),
-        parts.ClipValue(0.35),
-        parts.ClipUpdate(1.0),
-        parts.AGC(0.5),
+        parts.ClipNorm(max_norm=1.0),
+        parts.ClipEach(max_norm=1.0),
+        parts.ClipValue(max_value=0.35),
+        parts.ClipUpdate(max_rms=1.0),
+        parts.AGC(clip=0.5),
     ):
         model = Bag({"w": torch.ones(3, 2)})
         opt = gd.SGD(model, lr=0.0, add=[part])
@@ -312,7 +321,7 @@ def test_the_clipped_share_can_be_read() -> None:
 
 def test_updates_are_clipped_by_their_rms() -> None:
     model = Bag({"w": torch.zeros(5, 8, dtype=F64), "b": torch.zeros(7, dtype=F64)})
-    opt = gd.SGD(model, lr=0.5, add=[parts.ClipUpdate(0.2)])
+    opt = gd.SGD(model, lr=0.5, add=[parts.ClipUpdate(max_rms=0.2)])
     grads = {"w": torch.randn(5, 8, dtype=F64), "b": 0.01 * torch.randn(7, dtype=F64)}
     feed(opt, model, grads)
     rms = grads["w"].square().mean().sqrt()
@@ -331,7 +340,7 @@ class Clipped(Recipe):
     bound: float = hyper(1.0, gt=0, help="largest norm")
 
     def parts(self, block: gd.routing.Block) -> parts.Parts:
-        return parts.Parts(parts.ClipNorm("bound"), parts.Descend())
+        return parts.Parts(parts.NormClip("bound"), parts.Descend())
 
 
 def test_a_bound_may_live_in_the_group_and_change() -> None:
@@ -342,22 +351,28 @@ def test_a_bound_may_live_in_the_group_and_change() -> None:
         before = model.w.detach().clone()
         feed(opt, model, {"w": torch.full((4,), 2.0, dtype=F64)})
         assert float((before - model.w).norm()) == pytest.approx(min(bound, 4.0), rel=1e-5)
-    with pytest.raises(ValueError, match="ClipEach reads 'nowhere', which sgd does not have"):
-        gd.SGD(model, add=[parts.ClipEach("nowhere")])
+    model = Bag({"w": torch.zeros(4, dtype=F64), "v": torch.zeros(4, dtype=F64)})
+    opt = gd.SGD(model, lr=1.0, rules=[gd.rule("v", clip_norm_max_norm=0.5)], add=[parts.ClipNorm(max_norm=1.0)])
+    assert [group["clip_norm_max_norm"] for group in opt.param_groups] == [1.0, 0.5]
+    feed(opt, model, {name: torch.full((4,), 2.0, dtype=F64) for name in ("w", "v")})
+    n = math.sqrt(32)  # one norm, and a bound for each group
+    torch.testing.assert_close([float(model.w.norm()), float(model.v.norm())], [4 / n, 2 / n])
+    with pytest.raises(ValueError, match="BlockClip reads 'nowhere', which sgd does not have"):
+        gd.SGD(model, add=[parts.BlockClip("nowhere")])
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: parts.ClipNorm(0.0), r"max_norm=0\.0 of ClipNorm must be > 0"),
-        (lambda: parts.ClipValue(-1.0), r"max_value=-1\.0 of ClipValue must be > 0"),
-        (lambda: parts.AGC(clip=math.nan), "clip=nan of AGC must be > 0"),
-        (lambda: parts.ZClip(beta=1.0), r"beta=1\.0 of ZClip must be < 1"),
-        (lambda: parts.AdaGC(warmup=0), "warmup of AdaGC must be at least 1"),
-        (lambda: parts.SkipSpikes(factor=0.0), r"factor=0\.0 of SkipSpikes must be > 0"),
+        (lambda: parts.ClipNorm(max_norm=0.0), r"max_norm=0\.0 of clip_norm must be > 0"),
+        (lambda: parts.ClipValue(max_value=-1.0), r"max_value=-1\.0 of clip_value must be > 0"),
+        (lambda: parts.AGC(clip=math.nan), "clip=nan of agc must not be nan"),
+        (lambda: parts.ZClip(beta=1.0), r"beta=1\.0 of zclip must be < 1"),
+        (lambda: parts.AdaGC(warmup=0), "warmup=0 of adagc must be >= 1"),
+        (lambda: parts.SkipSpikes(factor=0.0), r"factor=0\.0 of skip_spikes must be > 0"),
     ],
 )
-def test_wrong_numbers_are_errors(make: Callable[[], Part], message: str) -> None:
+def test_wrong_numbers_are_errors(make: Callable[[], Wrapper], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -373,7 +388,7 @@ def test_an_idle_tensor_does_not_end_in_adagc() -> None:
 
 
 @pytest.mark.parametrize("part", [parts.ZClip(warmup=3), parts.AdaGC(warmup=3), parts.SkipSpikes(warmup=3)])
-def test_what_they_remember_is_saved(part: Part) -> None:
+def test_what_they_remember_is_saved(part: Part | Wrapper) -> None:
     model, other = bag(), bag()
     opt = gd.AdamW(model, add=[part])
     for t in range(5):
@@ -392,7 +407,7 @@ def test_what_they_remember_is_saved(part: Part) -> None:
 def test_clipping_needs_no_scratch_for_all_directions() -> None:
     net = nn.Sequential(*[nn.Linear(256, 256, bias=False) for _ in range(12)])
     held = []
-    for add in ([], [parts.ClipNorm(1.0)]):
+    for add in ([], [parts.ClipNorm(max_norm=1.0)]):
         opt = gd.AdamW(net, add=add, fused=False)
         for p in net.parameters():
             p.grad = torch.randn_like(p)
@@ -467,7 +482,7 @@ def test_refused_and_non_finite_steps_share_their_patience() -> None:
     for t in range(24):
         feed(opt, model, {"w": torch.full((3,), 100.0 if t % 2 else math.nan)})
     assert opt.skipped == 24
-    with pytest.raises(gd.RefusedError, match="25 steps in a row were left out, now by SkipSpikes: its gradient"):
+    with pytest.raises(gd.RefusedError, match="25 steps in a row were left out, now by SpikeRefusal: its gradient"):
         feed(opt, model, {"w": torch.full((3,), 100.0)})
     feed(opt, model, {"w": torch.ones(3)})
     feed(opt, model, {"w": torch.full((3,), 100.0)})
@@ -482,6 +497,27 @@ def test_what_is_let_through_is_not_learned() -> None:
             feed(opt, model, {"w": torch.full((3,), math.nan if t == 3 else 1.0)})
         assert all(bool(value.isfinite().all()) for value in opt.param_groups[0]["extra"].values())
         assert opt.steps == 6
+
+
+def test_a_second_evaluation_that_is_not_finite_is_a_skipped_step_too() -> None:
+    """SAM looks again before anything is remembered, and the norm that is judged is that of the first gradient."""
+    model = Bag({"w": torch.ones(3, dtype=F64)})
+    opt = gd.SGD(model, add=[parts.SAM(rho=0.5), parts.SkipSpikes(warmup=1), parts.ClipNorm(max_norm=0.1)])
+    calls: list[int] = []
+
+    def closure(second: float) -> Any:
+        def evaluate() -> None:
+            calls.append(1)
+            model.w.grad = torch.full((3,), second if len(calls) % 2 == 0 else 1.0, dtype=F64)
+
+        return evaluate
+
+    opt.step(closure(7.0))
+    before = everything(opt, model)
+    opt.step(closure(math.nan))
+    assert same(before, everything(opt, model))
+    assert (opt.steps, opt.skipped, len(calls)) == (1, 1, 4)
+    assert opt.param_groups[0]["extra"]["spikes"].tolist() == pytest.approx([1.0, 0.02 * math.sqrt(3)])
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,19 @@ from guided_descent.parts.average import (
     UniformAverage,
 )
 from guided_descent.parts.base import ORDER, Batch, Found, Hyper, Needs, Part, Parts, Policy, Slot, State, Task
-from guided_descent.parts.clip import AGC, Centralize, ClipEach, ClipNorm, ClipUpdate, ClipValue
+from guided_descent.parts.clip import (
+    AGC,
+    BlockClip,
+    Centralize,
+    ClipEach,
+    ClipNorm,
+    ClipUpdate,
+    ClipValue,
+    NormClip,
+    RowClip,
+    UpdateClip,
+    ValueClip,
+)
 from guided_descent.parts.decay import ALL_DECAYS, DECAYS, L2, CautiousDecay, Decoupled
 from guided_descent.parts.estimate import (
     AdamMoments,
@@ -50,7 +62,7 @@ from guided_descent.parts.rows import Rows
 from guided_descent.parts.scale import SCALES, InverseTime, MatrixScale
 from guided_descent.parts.sharpness import ASAM, SAM, Ascent, ScaledAscent
 from guided_descent.parts.slow import Slow
-from guided_descent.parts.spikes import AdaGC, SkipSpikes, ZClip
+from guided_descent.parts.spikes import AdaGC, DeviationClip, HistoryClip, SkipSpikes, SpikeRefusal, ZClip
 from guided_descent.parts.step import Descend, Displace, writable
 from guided_descent.parts.wrapper import WRAPPERS, Wrapper
 
@@ -75,6 +87,7 @@ __all__ = [
     "Ascent",
     "Batch",
     "BeliefMoments",
+    "BlockClip",
     "Cautious",
     "CautiousDecay",
     "Centralize",
@@ -85,6 +98,7 @@ __all__ = [
     "CorrectedGradient",
     "Decoupled",
     "Descend",
+    "DeviationClip",
     "Displace",
     "Eigenbasis",
     "Ema",
@@ -93,6 +107,7 @@ __all__ = [
     "Found",
     "GradientMask",
     "GradientSigns",
+    "HistoryClip",
     "Hyper",
     "InverseTime",
     "LarsRatio",
@@ -104,6 +119,7 @@ __all__ = [
     "Momentum",
     "NadamMoments",
     "Needs",
+    "NormClip",
     "NormMoments",
     "Normalize",
     "NormalizeEach",
@@ -118,6 +134,7 @@ __all__ = [
     "RectifiedAverage",
     "RectifiedMoments",
     "RootRatio",
+    "RowClip",
     "Rows",
     "ScaledAscent",
     "ScheduleFree",
@@ -127,6 +144,7 @@ __all__ = [
     "Slot",
     "Slow",
     "SlowWeights",
+    "SpikeRefusal",
     "SquareAverage",
     "SquareSum",
     "State",
@@ -134,6 +152,8 @@ __all__ = [
     "TrustRatio",
     "TwoMomenta",
     "UniformAverage",
+    "UpdateClip",
+    "ValueClip",
     "Velocity",
     "Wrapper",
     "YogiMoments",

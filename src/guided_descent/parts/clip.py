@@ -1,8 +1,8 @@
 """Clipping: of the gradient before anything sees it, of the update by its length, and by what curvature says.
 
-Works on any recipe: ``gd.build(model, recipe, add=[gd.parts.AGC()])``. A field that takes a number takes the name of a
-group key as well, which then may be scheduled. Each part counts what it has seen and what it has cut, under names such
-as ``norm_seen`` and ``norm_clipped``, so that ``optimizer.audit()`` tells the share that was clipped.
+Wrappers carry it to any recipe: ``gd.build(model, recipe, add=[gd.parts.AGC()])``. Each part counts what it has seen
+and what it has cut, under names such as ``norm_seen`` and ``norm_clipped``, so that ``optimizer.audit()`` tells the
+share that was clipped.
 """
 
 from __future__ import annotations
@@ -11,53 +11,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import ClassVar, TypeAlias, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from guided_descent.parts.base import Batch, Hyper, Part, State, Unit
 from guided_descent.parts.damping import inner
+from guided_descent.parts.numbers import hyper, static
 from guided_descent.parts.rows import Number
+from guided_descent.parts.wrapper import Wrapper, wrapper
 from guided_descent.routing.roles import Block, Piece, Role
 
 T = TypeVar("T")
-Setting: TypeAlias = float | str  # a number, or the name of the group key that holds it
-
-
-@dataclass(frozen=True)
-class Clip(Part):
-    """What the parts below share: the slot before everything else, and fields that are positive numbers or keys."""
-
-    slot: ClassVar[str] = "clip"
-    #: Fields that hold a number or the name of a group key.
-    settings: ClassVar[tuple[str, ...]] = ()
-
-    def __post_init__(self) -> None:
-        for name in self.settings:
-            value = getattr(self, name)
-            if not isinstance(value, str) and not value > 0:
-                raise ValueError(f"{name}={value!r} of {type(self).__name__} must be > 0, or the name of a group key")
-            if name == "beta" and not isinstance(value, str) and not value < 1:
-                raise ValueError(f"beta={value!r} of {type(self).__name__} must be < 1, or the name of a group key")
-        if getattr(self, "warmup", 1) < 1:
-            raise ValueError(f"warmup of {type(self).__name__} must be at least 1 step")
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        values = (getattr(self, name) for name in self.settings)
-        return tuple(value for value in values if isinstance(value, str))
-
-    def flops(self, block: Block) -> float:
-        """About two per element."""
-        return 2.0 * block.numel
-
-
-def number(h: Hyper, setting: Setting) -> Number:
-    """The number that a field stands for."""
-    found: Number = h[setting] if isinstance(setting, str) else setting
-    return found
 
 
 def square(x: Batch) -> Tensor:
@@ -86,10 +52,7 @@ def block_norms(x: Batch) -> Tensor:
 
 def shorten(x: Batch, factors: Tensor) -> None:
     """Multiply each block of the direction by its own factor [B]; free where all are one number."""
-    if len(x.u) != len(x.blocks):
-        pieces = torch.tensor([len(block.pieces) for block in x.blocks], device=factors.device)
-        factors = factors.repeat_interleave(pieces)
-    each = x.by_row(factors)
+    each = x.by_block(factors)
     if isinstance(each, float):
         x.scale(each)
     else:
@@ -106,7 +69,7 @@ def count(x: Batch, name: str, clipped: list[Tensor], seen: list[int]) -> None:
 
 
 @dataclass(frozen=True)
-class ClipNorm(Clip):
+class NormClip(Part):
     """Global norm clipping: ``u <- u min(1, c / (n + 1e-6))`` with n the norm of all gradients.
 
     The norm is summed over all tensors, groups and ranks that have this part, each counted once, in float64. Under
@@ -114,12 +77,17 @@ class ClipNorm(Clip):
     Counted as ``norm``, once for each parameter. Source: Pascanu, Mikolov and Bengio 2013, 1211.5063.
     """
 
-    settings: ClassVar[tuple[str, ...]] = ("max_norm",)
-    max_norm: Setting = 1.0
+    slot: ClassVar[str] = "clip"
+    max_norm: str = "clip_norm_max_norm"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Group keys it reads."""
+        return (self.max_norm,)
 
     def idle(self, h: Hyper) -> bool:
         """Nothing to do without a bound."""
-        return math.isinf(number(h, self.max_norm))
+        return math.isinf(h[self.max_norm])
 
     def sums(self, x: Batch, s: State, h: Hyper) -> dict[str, Tensor]:
         """The squared norm."""
@@ -127,59 +95,81 @@ class ClipNorm(Clip):
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Shorten the gradient."""
-        factor = float(bounded(total["square"].sqrt(), number(h, self.max_norm)))
+        factor = float(bounded(total["square"].sqrt(), h[self.max_norm]))
         x.scale(factor)
         x.tick("norm_seen")
         x.tick("norm_clipped", int(factor < 1))
+
+    def flops(self, block: Block) -> float:
+        """Two per element."""
+        return 2.0 * block.numel
 
 
 # -- tensor by tensor --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class ClipEach(Clip):
+class BlockClip(Part):
     """Norm clipping of each block by itself: ``u <- u min(1, c / (||u|| + 1e-6))``; it turns the whole gradient.
 
     A block is a tensor, or one of several maps in it, where a recipe for matrices takes them apart. Counted as
     ``each``.
     """
 
+    slot: ClassVar[str] = "clip"
     unit: ClassVar[Unit] = "block"
-    settings: ClassVar[tuple[str, ...]] = ("max_norm",)
-    max_norm: Setting = 1.0
+    max_norm: str = "clip_each_max_norm"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Group keys it reads."""
+        return (self.max_norm,)
 
     def idle(self, h: Hyper) -> bool:
         """Nothing to do without a bound."""
-        return math.isinf(number(h, self.max_norm))
+        return math.isinf(h[self.max_norm])
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Measure and shorten."""
-        factors = bounded(block_norms(x), number(h, self.max_norm))
+        factors = bounded(block_norms(x), h[self.max_norm])
         shorten(x, factors)
         x.tick("each_seen")
         x.tick("each_clipped", factors < 1)
 
+    def flops(self, block: Block) -> float:
+        """Two per element."""
+        return 2.0 * block.numel
+
 
 @dataclass(frozen=True)
-class ClipValue(Clip):
+class ValueClip(Part):
     """Clipping of the elements of the gradient: ``u <- min(max(u, -c), c)``. Counted as ``value``, by elements."""
 
-    settings: ClassVar[tuple[str, ...]] = ("max_value",)
-    max_value: Setting = 1.0
+    slot: ClassVar[str] = "clip"
+    max_value: str = "clip_value_max_value"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Group keys it reads."""
+        return (self.max_value,)
 
     def idle(self, h: Hyper) -> bool:
         """Nothing to do without a bound."""
-        return math.isinf(number(h, self.max_value))
+        return math.isinf(h[self.max_value])
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Cut."""
-        bound, u = number(h, self.max_value), x.take()
+        bound, u = h[self.max_value], x.take()
         count(x, "value", [(row.abs() > bound).sum() for row in u.list], [row.numel() for row in u.list])
         u.clamp_(-bound, bound)
 
+    def flops(self, block: Block) -> float:
+        """Two per element."""
+        return 2.0 * block.numel
+
 
 @dataclass(frozen=True)
-class ClipUpdate(Clip):
+class UpdateClip(Part):
     """Clipping of the update by its root mean square: ``u <- u / max(1, RMS(u) / d)``, block by block.
 
     For directions whose elements should be about 1, before the learning rate and any decay beside the step, as in
@@ -188,21 +178,29 @@ class ClipUpdate(Clip):
 
     slot: ClassVar[str] = "scale"
     unit: ClassVar[Unit] = "block"
-    settings: ClassVar[tuple[str, ...]] = ("max_rms",)
-    max_rms: Setting = 1.0
+    max_rms: str = "clip_update_max_rms"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Group keys it reads."""
+        return (self.max_rms,)
 
     def idle(self, h: Hyper) -> bool:
         """Nothing to do without a bound."""
-        return math.isinf(number(h, self.max_rms))
+        return math.isinf(h[self.max_rms])
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Measure and shorten."""
         norms = block_norms(x)
         roots = norms.new_tensor([max(block.numel, 1) ** 0.5 for block in x.blocks])
-        excess = norms / (roots * number(h, self.max_rms))
+        excess = norms / (roots * h[self.max_rms])
         shorten(x, 1 / excess.clamp(min=1.0))
         x.tick("update_seen")
         x.tick("update_clipped", excess > 1)
+
+    def flops(self, block: Block) -> float:
+        """Two per element."""
+        return 2.0 * block.numel
 
 
 # -- row by row --------------------------------------------------------------------------------------------------------
@@ -238,24 +236,29 @@ def unit_norm(row: Tensor, axes: tuple[int, ...] | None, piece: Piece) -> Tensor
 
 
 @dataclass(frozen=True)
-class AGC(Clip):
+class RowClip(Part):
     """Adaptive gradient clipping: no row of a gradient is longer than a part of its row of weights.
 
     Row i, one output of its map (over (1, 2, 3) of a convolution; a vector is one row): with
     ``c = clip max(||p_i||, floor)``, where ``||u_i|| > c`` it is ``u_i <- u_i c / max(||u_i||, 1e-6)``. Heads are left
-    alone, since the method was found to need that; ``head`` takes them too. Counted as ``agc``, by rows. Batches of
-    4096 take a ``clip`` of 0.01, smaller ones up to 0.16. Source: Brock et al. 2021, 2102.06171.
+    alone, since the method was found to need that; ``head`` takes them too. Counted as ``agc``, by rows. Source: Brock
+    et al. 2021, 2102.06171.
     """
 
+    slot: ClassVar[str] = "clip"
     unit: ClassVar[Unit] = "block"
-    settings: ClassVar[tuple[str, ...]] = ("clip", "floor")
-    clip: Setting = 0.01
-    floor: Setting = 1e-3
+    clip: str = "agc_clip"
+    floor: str = "agc_floor"
     head: bool = False
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Group keys it reads."""
+        return (self.clip, self.floor)
 
     def idle(self, h: Hyper) -> bool:
         """Nothing to do without a bound."""
-        return math.isinf(number(h, self.clip))
+        return math.isinf(h[self.clip])
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Measure and shorten, row by row."""
@@ -267,7 +270,7 @@ class AGC(Clip):
                 continue
             axes = unit_axes(block, piece)
             norm = unit_norm(u, axes, piece)
-            bound = number(h, self.clip) * unit_norm(p, axes, piece).clamp(min=number(h, self.floor))
+            bound = h[self.clip] * unit_norm(p, axes, piece).clamp(min=h[self.floor])
             over = norm > bound
             u.mul_(torch.where(over, bound / norm.clamp(min=1e-6), 1.0))
             clipped.append(over.sum())
@@ -280,12 +283,13 @@ class AGC(Clip):
 
 
 @dataclass(frozen=True)
-class Centralize(Clip):
+class Centralize(Part):
     """Gradient centralisation: each row of a gradient, one output of its map, loses its mean; vectors stay.
 
     Source: Yong et al. 2020, 2004.01461.
     """
 
+    slot: ClassVar[str] = "clip"
     unit: ClassVar[Unit] = "block"
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
@@ -294,6 +298,80 @@ class Centralize(Clip):
             axes = unit_axes(block, piece)
             if axes is not None and u.numel():
                 u.sub_(u.mean(axes, keepdim=True))
+
+    def flops(self, block: Block) -> float:
+        """Two per element."""
+        return 2.0 * block.numel
+
+
+# -- for any recipe ----------------------------------------------------------------------------------------------------
+
+
+@wrapper("clip_norm", paper="Pascanu, Mikolov and Bengio 2013, arXiv:1211.5063")
+@dataclass(frozen=True, kw_only=True)
+class ClipNorm(Wrapper):
+    """Bound the norm of all gradients together, over all groups: ``g <- g min(1, max_norm / (||g|| + 1e-6))``."""
+
+    max_norm: float = hyper(1.0, gt=0, help="largest norm of all gradients; inf bounds nothing")
+
+    def part(self) -> Part:
+        """The clip."""
+        return NormClip(*self.numbers())
+
+
+@wrapper("clip_each", paper="Pascanu, Mikolov and Bengio 2013, arXiv:1211.5063")
+@dataclass(frozen=True, kw_only=True)
+class ClipEach(Wrapper):
+    """Bound the norm of each gradient by itself: ``g <- g min(1, max_norm / (||g|| + 1e-6))``."""
+
+    max_norm: float = hyper(1.0, gt=0, help="largest norm of a block's gradient; inf bounds nothing")
+
+    def part(self) -> Part:
+        """The clip."""
+        return BlockClip(*self.numbers())
+
+
+@wrapper("clip_value", paper="Mikolov 2012")
+@dataclass(frozen=True, kw_only=True)
+class ClipValue(Wrapper):
+    """Bound the elements of the gradients: ``g <- min(max(g, -max_value), max_value)``."""
+
+    max_value: float = hyper(1.0, gt=0, help="largest magnitude of an element; inf bounds nothing")
+
+    def part(self) -> Part:
+        """The clip."""
+        return ValueClip(*self.numbers())
+
+
+@wrapper("clip_update", paper="Shazeer and Stern 2018, arXiv:1804.04235")
+@dataclass(frozen=True, kw_only=True)
+class ClipUpdate(Wrapper):
+    """Bound the root mean square of each update, before the learning rate: ``u <- u / max(1, RMS(u) / max_rms)``."""
+
+    max_rms: float = hyper(1.0, gt=0, help="largest root mean square of an update; inf bounds nothing")
+
+    def part(self) -> Part:
+        """The clip."""
+        return UpdateClip(*self.numbers())
+
+
+@wrapper("agc", paper="Brock et al. 2021, arXiv:2102.06171")
+@dataclass(frozen=True, kw_only=True)
+class AGC(Wrapper):
+    """Bound each row of a gradient by a part of its row of weights; heads are left alone.
+
+    Where ``||g_i|| > c`` with ``c = clip max(||w_i||, floor)``: ``g_i <- g_i c / max(||g_i||, 1e-6)``. Batches of 4096
+    take a ``clip`` of 0.01, smaller ones up to 0.16.
+    """
+
+    clip: float = hyper(0.01, gt=0, help="largest norm of a row over that of its weights; inf bounds nothing")
+    floor: float = hyper(1e-3, gt=0, help="least norm that weights count with")
+    head: bool = static(False, help="clip the output layer too")
+
+    def part(self) -> Part:
+        """The clip."""
+        clip, floor, _ = self.numbers()
+        return RowClip(clip, floor, self.head)
 
 
 # -- by curvature ------------------------------------------------------------------------------------------------------

@@ -10,13 +10,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from guided_descent.parts.base import Batch, Hyper, Slot, State, Unit
-from guided_descent.parts.clip import Clip, Setting, block_norms, bounded, number, shorten, square
+from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, Unit
+from guided_descent.parts.clip import block_norms, bounded, shorten, square
+from guided_descent.parts.numbers import hyper, static
+from guided_descent.parts.wrapper import Wrapper, wrapper
 from guided_descent.routing.roles import Block
 
 
 @dataclass(frozen=True)
-class ZClip(Clip):
+class DeviationClip(Part):
     """Global norm clipping at a distance from the mean norm that is measured in standard deviations.
 
     n is the norm of all gradients as in ``ClipNorm``. The first ``warmup`` steps take the mean and the (population)
@@ -30,11 +32,16 @@ class ZClip(Clip):
     that is added later begins with its own warmup. Source: Kumar et al. 2025, 2504.02507.
     """
 
-    settings: ClassVar[tuple[str, ...]] = ("z_max", "beta", "max_norm")
-    z_max: Setting = 2.5
-    beta: Setting = 0.97
-    max_norm: Setting = 1.0
+    slot: ClassVar[str] = "clip"
+    z_max: str = "zclip_z_max"
+    beta: str = "zclip_beta"
+    max_norm: str = "zclip_max_norm"
     warmup: int = 25
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Group keys it reads."""
+        return (self.z_max, self.beta, self.max_norm)
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """Steps, mean, variance and factor."""
@@ -47,7 +54,7 @@ class ZClip(Clip):
     def combine(self, total: Mapping[str, Tensor], shared: State, h: Hyper) -> None:
         """Find the factor and advance the statistics."""
         n, (steps, mean, var, _) = math.sqrt(float(total["square"])), shared["zclip"].tolist()
-        bound, beta, most = float(number(h, self.max_norm)), float(number(h, self.beta)), float(number(h, self.z_max))
+        bound, beta, most = float(h[self.max_norm]), float(h[self.beta]), float(h[self.z_max])
         if not math.isfinite(n):
             shared["zclip"][3] = 1.0
             return
@@ -72,7 +79,7 @@ class ZClip(Clip):
 
 
 @dataclass(frozen=True)
-class AdaGC(Clip):
+class HistoryClip(Part):
     """Norm clipping of each block by the norms that it has had.
 
     The first ``warmup`` updates clip the norm of all gradients to ``max_norm``, as ``ClipNorm`` does, while gamma
@@ -81,12 +88,17 @@ class AdaGC(Clip):
     Counted as ``adagc``. State: ``adagc``, one number for each block. Source: Wang et al. 2025, 2502.11034.
     """
 
+    slot: ClassVar[str] = "clip"
     unit: ClassVar[Unit] = "block"
-    settings: ClassVar[tuple[str, ...]] = ("rel", "beta", "max_norm")
-    rel: Setting = 1.05
-    beta: Setting = 0.98
-    max_norm: Setting = 1.0
+    rel: str = "adagc_rel"
+    beta: str = "adagc_beta"
+    max_norm: str = "adagc_max_norm"
     warmup: int = 100
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Group keys it reads."""
+        return (self.rel, self.beta, self.max_norm)
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """Gamma; 0 until a norm has been seen."""
@@ -100,10 +112,10 @@ class AdaGC(Clip):
         """Measure, shorten, advance gamma."""
         norms, gamma = block_norms(x), s["adagc"].double()
         if x.step <= self.warmup:
-            factors = bounded(total["square"].sqrt(), number(h, self.max_norm)).expand_as(norms)
+            factors = bounded(total["square"].sqrt(), h[self.max_norm]).expand_as(norms)
             learned = torch.minimum(gamma, factors * norms)
         else:
-            bound, beta = number(h, self.rel) * gamma, number(h, self.beta)
+            bound, beta = h[self.rel] * gamma, h[self.beta]
             factors = torch.where((gamma > 0) & (norms > bound), bound / norms, 1.0)
             learned = beta * gamma + (1 - beta) * factors * norms
         learned = torch.where(gamma > 0, learned, factors * norms)
@@ -114,7 +126,7 @@ class AdaGC(Clip):
 
 
 @dataclass(frozen=True)
-class SkipSpikes(Clip):
+class SpikeRefusal(Part):
     """Leave out a step whose gradient is far longer than those before it: ``n > factor m``.
 
     n is the norm of all gradients as they come, before any clipping, and m the average of the n of accepted steps,
@@ -123,10 +135,15 @@ class SkipSpikes(Clip):
     ``spikes``, float64: number of accepted steps, m.
     """
 
-    settings: ClassVar[tuple[str, ...]] = ("factor", "beta")
-    factor: Setting = 5.0
-    beta: Setting = 0.98
+    slot: ClassVar[str] = "clip"
+    factor: str = "skip_spikes_factor"
+    beta: str = "skip_spikes_beta"
     warmup: int = 20
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Group keys it reads."""
+        return (self.factor, self.beta)
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """Steps and average."""
@@ -141,16 +158,69 @@ class SkipSpikes(Clip):
         n, (steps, mean) = math.sqrt(float(total["square"])), shared["spikes"].tolist()
         if steps < self.warmup:
             return ""
-        usual, factor = mean / (1 - float(number(h, self.beta)) ** steps), float(number(h, self.factor))
+        usual, factor = mean / (1 - float(h[self.beta]) ** steps), float(h[self.factor])
         return (
             f"its gradient has norm {n:.4g}, over {factor:g} times the usual {usual:.4g}" if n > factor * usual else ""
         )
 
     def combine(self, total: Mapping[str, Tensor], shared: State, h: Hyper) -> None:
         """Advance the average by an accepted norm."""
-        n, (steps, mean), beta = float(total["square"].sqrt()), shared["spikes"].tolist(), float(number(h, self.beta))
+        n, (steps, mean), beta = float(total["square"].sqrt()), shared["spikes"].tolist(), float(h[self.beta])
         if math.isfinite(n):
             shared["spikes"].copy_(torch.tensor([steps + 1, beta * mean + (1 - beta) * n], dtype=torch.float64))
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Nothing: an accepted step is as it was."""
+
+
+# -- for any recipe ----------------------------------------------------------------------------------------------------
+
+
+@wrapper("zclip", paper="Kumar et al. 2025, arXiv:2504.02507")
+@dataclass(frozen=True, kw_only=True)
+class ZClip(Wrapper):
+    """Bound the norm of all gradients by the mean and deviation of the norms before it.
+
+    Where ``z = (n - mean) / std`` exceeds ``z_max``, n becomes ``mean + z_max^2 std / z``; at most ``max_norm`` always.
+    """
+
+    z_max: float = hyper(2.5, gt=0, help="deviations from the mean norm that are let through")
+    beta: float = hyper(0.97, ge=0, lt=1, help="memory of mean and variance")
+    max_norm: float = hyper(1.0, gt=0, help="largest norm in any case, and in the warmup; inf bounds nothing")
+    warmup: int = static(25, ge=1, help="first steps, whose norms make the first mean and variance")
+
+    def part(self) -> Part:
+        """The clip."""
+        z_max, beta, max_norm, _ = self.numbers()
+        return DeviationClip(z_max, beta, max_norm, self.warmup)
+
+
+@wrapper("adagc", paper="Wang et al. 2025, arXiv:2502.11034")
+@dataclass(frozen=True, kw_only=True)
+class AdaGC(Wrapper):
+    """Bound the norm of each gradient by the average of its own clipped norms: ``g <- g min(1, rel gamma / ||g||)``."""
+
+    rel: float = hyper(1.05, gt=0, help="largest norm over the average of those before it")
+    beta: float = hyper(0.98, ge=0, lt=1, help="memory of the average")
+    max_norm: float = hyper(1.0, gt=0, help="largest norm of all gradients together in the warmup")
+    warmup: int = static(100, ge=1, help="first updates, whose least norm begins the average")
+
+    def part(self) -> Part:
+        """The clip."""
+        rel, beta, max_norm, _ = self.numbers()
+        return HistoryClip(rel, beta, max_norm, self.warmup)
+
+
+@wrapper("skip_spikes", paper="common practice")
+@dataclass(frozen=True, kw_only=True)
+class SkipSpikes(Wrapper):
+    """Leave out a step whose gradient is ``factor`` times as long as those before it on average; it changes nothing."""
+
+    factor: float = hyper(5.0, gt=0, help="largest norm of all gradients over the average of accepted ones")
+    beta: float = hyper(0.98, ge=0, lt=1, help="memory of the average")
+    warmup: int = static(20, ge=1, help="first steps, all of which are accepted")
+
+    def part(self) -> Part:
+        """What refuses."""
+        factor, beta, _ = self.numbers()
+        return SpikeRefusal(factor, beta, self.warmup)
