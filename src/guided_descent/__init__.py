@@ -5,7 +5,7 @@ from guided_descent.averaging import evaluating
 from guided_descent.build import RoutedOptimizer, build, class_of, optimizer
 from guided_descent.catalogue import describe, list_optimizers
 from guided_descent.engine.optimizer import Optimizer
-from guided_descent.engine.policies import NonFiniteError
+from guided_descent.engine.policies import NonFiniteError, RefusedError
 from guided_descent.explain import explain
 from guided_descent.initialize import initialize
 from guided_descent.routing import rule
@@ -30,6 +30,8 @@ KLShampoo = class_of(recipes.KLShampoo)
 Shampoo = class_of(recipes.Shampoo)
 SINGD = class_of(recipes.SINGD)
 SOAP = class_of(recipes.SOAP)
+Dion = class_of(recipes.Dion)
+Dion2 = class_of(recipes.Dion2)
 AdaMuon = class_of(recipes.AdaMuon)
 Moonlight = class_of(recipes.Moonlight)
 MuonClip = class_of(recipes.MuonClip)
@@ -85,6 +87,10 @@ DoWG = class_of(recipes.DoWG)
 AdaHessian = class_of(recipes.AdaHessian)
 SophiaH = class_of(recipes.SophiaH)
 SophiaG = class_of(recipes.SophiaG)
+ScheduleFreeSGD = class_of(recipes.ScheduleFreeSGD)
+ScheduleFreeAdamW = class_of(recipes.ScheduleFreeAdamW)
+ScheduleFreeRAdam = class_of(recipes.ScheduleFreeRAdam)
+GPAAdamW = class_of(recipes.GPAAdamW)
 
 __all__ = [
     "ADOPT",
@@ -121,10 +127,13 @@ __all__ = [
     "Adan",
     "DAdaptAdam",
     "DAdaptSGD",
+    "Dion",
+    "Dion2",
     "DoG",
     "DoWG",
     "ECShampoo",
     "Fira",
+    "GPAAdamW",
     "GaLore",
     "Grams",
     "Hyperball",
@@ -152,8 +161,12 @@ __all__ = [
     "Prodigy",
     "RAdam",
     "RMSprop",
+    "RefusedError",
     "RoutedOptimizer",
     "SPlus",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeRAdam",
+    "ScheduleFreeSGD",
     "Scion",
     "Shampoo",
     "SignSGD",

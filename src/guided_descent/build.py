@@ -18,6 +18,7 @@ from guided_descent.engine.observing import Observer
 from guided_descent.engine.optimizer import ENGINE_KEYS, Optimizer
 from guided_descent.layers import Layer, find_layers, joined, not_read, undivided, watched, why_not_read
 from guided_descent.parts.base import Part
+from guided_descent.parts.wrapper import Wrapper, keys_of, sort_out
 from guided_descent.recipes.base import Recipe, lookup
 from guided_descent.routing import Block, Entry, Role, Rule, Table, canonical_name, check_not_flattened, route
 from guided_descent.scaling import Parametrization, resolve
@@ -34,12 +35,13 @@ _NOT_OPTIONS = {
 
 @dataclasses.dataclass
 class Assembly:
-    """Groups, one recipe for each, the blocks of every parameter, the table they come from, and the layers to read."""
+    """Groups, a recipe and the wrappers of each, the blocks of every parameter, their table, and the layers to read."""
 
     groups: list[dict[str, Any]]
     recipes: list[Recipe]
     blocks: dict[str, tuple[Block, ...]]
     entries: tuple[Entry, ...]
+    carried: list[tuple[Wrapper, ...]]
     read: dict[str, tuple[Block, ...]] = dataclasses.field(default_factory=dict)
 
 
@@ -51,9 +53,11 @@ class RoutedOptimizer(Optimizer):
             groups. Without a model a matrix recipe takes every 2-D tensor and warns once.
         recipe: The recipe.
         rules: Overrides by parameter name, see ``guided_descent.rule``; the first match wins.
-        add: Parts added to every recipe.
+        add: Wrappers and parts added to every recipe; the numbers of wrappers become keys of every group.
         nonfinite: ``skip``, ``raise`` or ``ignore`` a step with a non-finite gradient.
         rounding: How half-precision parameters take updates: ``nearest``, ``stochastic``, ``compensated``, ``master``.
+        state_dtype: ``8bit`` to hold the averages of elementwise methods in 8 bits, see ``engine.packing``; tensors of
+            less than 4096 elements, complex ones and the state of matrix methods stay as they are.
         maximize: Ascend instead of descend.
         foreach: False for the plain loop over tensors.
         fused: False to leave out torch's fused kernels.
@@ -76,7 +80,7 @@ class RoutedOptimizer(Optimizer):
         recipe: Recipe,
         *,
         rules: Sequence[Rule] = (),
-        add: Iterable[Part] = (),
+        add: Iterable[Part | Wrapper] = (),
         compile: bool = False,
         workspace_mb: float = 64.0,
         seed: int = 0,
@@ -88,10 +92,13 @@ class RoutedOptimizer(Optimizer):
         engine = _engine_options(engine, recipe)
         self._base = recipe
         self._engine_options = engine
-        add = tuple(add)
-        assembly = assemble(params, recipe, rules, engine, parametrization)
+        parts, self._wrappers = sort_out(add)
+        assembly = assemble(params, recipe, rules, engine, self._wrappers, parametrization)
         self.table = Table(assembly.entries)
-        self._start(assembly.groups, assembly.recipes, assembly.blocks, add, workspace_mb, seed)
+        self._start(assembly.groups, assembly.recipes, assembly.blocks, parts, assembly.carried, workspace_mb, seed)
+        repeats = any(bucket.parts.probing or bucket.parts.judging for bucket in self._engine.bind().buckets)
+        if isinstance(params, nn.Module) and repeats:
+            self._engine.buffers = params.buffers
         self._blocks_read = assembly.read
         self._logits: AttentionLogits | None = None
         samples = loss is not None and any(r.samples_labels for r in self.recipes)
@@ -106,7 +113,8 @@ class RoutedOptimizer(Optimizer):
         """Read this model from now on; done at the build, and needed again for a copied optimizer.
 
         Layers are read for recipes that need their inputs and output gradients; attention is, for those that clip its
-        logits; outputs are, for those that draw labels from them. Where the model is a ``DistributedDataParallel``,
+        logits; outputs are, for those that draw labels from them; buffers are, where a step evaluates more than once.
+        Where the model is a ``DistributedDataParallel``,
         statistics are joined over its ranks.
 
         Args:
@@ -122,6 +130,7 @@ class RoutedOptimizer(Optimizer):
         ranks = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
         inner = model if ranks is None else ranks.module
         self._engine.process_group = None if ranks is None else ranks.process_group
+        self._engine.buffers = inner.buffers
         if self._logits is not None:
             self._logits.remove()
         attention = self._noted("max_logits")
@@ -165,7 +174,7 @@ class RoutedOptimizer(Optimizer):
             super().add_param_group(param_group)
             return
         taken = sum(len(group["params"]) for group in self.param_groups)
-        assembly = assemble([param_group], self._base, (), self._engine_options, None, first=taken)
+        assembly = assemble([param_group], self._base, (), self._engine_options, self._wrappers, first=taken)
         clash = set(assembly.blocks) & set(self._engine.binder.blocks)
         if clash:
             raise ValueError(
@@ -173,8 +182,8 @@ class RoutedOptimizer(Optimizer):
             )
         self._typed = True
         try:
-            for group, recipe in zip(assembly.groups, assembly.recipes):
-                self._extend(group, recipe)
+            for group, recipe, carried in zip(assembly.groups, assembly.recipes, assembly.carried):
+                self._extend(group, recipe, carried)
         finally:
             self._typed = False
         self._engine.binder.blocks.update(assembly.blocks)
@@ -187,6 +196,7 @@ class RoutedOptimizer(Optimizer):
         return super().__getstate__() | {
             "_base": self._base,
             "_engine_options": self._engine_options,
+            "_wrappers": self._wrappers,
             "_blocks_read": self._blocks_read,
             "_logits": None,
             "table": self.table,
@@ -237,7 +247,7 @@ def build(
     recipe: Recipe | str,
     *,
     rules: Sequence[Rule] = (),
-    add: Iterable[Part] = (),
+    add: Iterable[Part | Wrapper] = (),
     nonfinite: str = "skip",
     compile: bool = False,
     seed: int = 0,
@@ -249,11 +259,12 @@ def build(
         model: A model, or parameters as torch takes them.
         recipe: A recipe, a registered one's key, or one of the user's own.
         rules: Overrides by parameter name; the first match wins.
-        add: Parts added to every recipe, such as a wrapper.
+        add: Wrappers and parts added to every recipe, such as ``guided_descent.parts.SAM(rho=0.1)``.
         nonfinite: ``skip``, ``raise`` or ``ignore`` a step with a non-finite gradient.
         compile: Compile the parts.
         seed: Seed of every random draw.
-        **options: ``rounding``, ``maximize``, ``foreach``, ``fused``, ``workspace_mb``, ``parametrization``.
+        **options: ``rounding``, ``state_dtype``, ``maximize``, ``foreach``, ``fused``, ``workspace_mb``,
+            ``parametrization``.
 
     Example:
         >>> import torch, guided_descent as gd
@@ -298,6 +309,7 @@ _BUILD_KEYS = (
     "add",
     "nonfinite",
     "rounding",
+    "state_dtype",
     "maximize",
     "foreach",
     "fused",
@@ -319,7 +331,8 @@ def assemble(
     recipe: Recipe,
     rules: Sequence[Rule],
     engine: Mapping[str, Any],
-    parametrization: Parametrization | str | None,
+    wrappers: tuple[Wrapper, ...] = (),
+    parametrization: Parametrization | str | None = None,
     first: int = 0,
 ) -> Assembly:
     """Route the parameters and sort them into typed groups; each trainable parameter ends in exactly one.
@@ -329,6 +342,7 @@ def assemble(
         recipe: The recipe that takes what no rule takes.
         rules: Overrides.
         engine: Engine keys for every group.
+        wrappers: What every group carries.
         parametrization: What multiplies learning rates; ``None`` is the recipe's own.
         first: Number of the first unnamed parameter.
     """
@@ -336,20 +350,22 @@ def assemble(
     user_groups, named, table = _sources(params, rules, first)
     groups: list[dict[str, Any]] = []
     recipes: list[Recipe] = []
+    carried: list[tuple[Wrapper, ...]] = []
+    more = keys_of(wrappers)
     blocks: dict[str, tuple[Block, ...]] = {}
     read: dict[str, tuple[Block, ...]] = {}
     shape_only = False
     for overrides, names in user_groups:
-        base = _with(recipe, overrides, "this param group")
+        base = _with(recipe, overrides, "this param group", more)
         found: dict[Any, int] = {}
         entries = [table[name] for name in names]
-        owners = [_owner(entry, base) for entry in entries]
+        owners = [_owner(entry, base, more) for entry in entries]
         layers = find_layers(params) if isinstance(params, nn.Module) and _reads([base, *owners]) else {}
-        _undivide(entries, owners, base, layers)
+        _undivide(entries, owners, base, layers, more)
         joints = _read_layers(entries, owners, layers, known)
         if not any(type(owner) is type(base) for owner in owners):
             # nothing here is for the base recipe, so the group speaks of the auxiliary one: say, norms without decay
-            owners = [_with(o, {k: v for k, v in overrides.items() if k in o.numbers()}, "") for o in owners]
+            owners = [_with(o, {k: v for k, v in overrides.items() if k in o.numbers()}, "", more) for o in owners]
         for name, entry, owner in zip(names, entries, owners):
             rule = entry.rule
             own_key = (id(owner) if owner is base else owner.label, rule.pattern if rule and _opts(rule) else None)
@@ -359,9 +375,13 @@ def assemble(
                 shape_only = shape_only or not known
             if own_key not in found:
                 found[own_key] = len(groups)
-                extra = {key: value for key, value in overrides.items() if key not in owner.numbers()}
-                groups.append({"params": [], "param_names": [], **owner.values(), **engine, **extra})
+                asked = {**overrides, **(rule.options if rule else {})}
+                carries = tuple(each.begin_with(asked) for each in wrappers)
+                numbers = {key: value for each in (owner, *carries) for key, value in each.values().items()}
+                extra = {key: value for key, value in overrides.items() if key not in numbers}
+                groups.append({"params": [], "param_names": [], **numbers, **engine, **extra})
                 recipes.append(owner)
+                carried.append(carries)
             group = groups[found[own_key]]
             group["params"].append(named[name])
             group["param_names"].append(name)
@@ -391,19 +411,21 @@ def assemble(
     for index, group in enumerate(groups):
         if index and isinstance(group["lr"], Tensor):
             group["lr"] = group["lr"].clone()  # a scheduler that fills it must not touch another group
-    return Assembly(groups, recipes, blocks, table.parameters, read)
+    return Assembly(groups, recipes, blocks, table.parameters, carried, read)
 
 
 def _reads(owners: Iterable[Recipe]) -> bool:
     return any(owner.reads_layers for owner in owners)
 
 
-def _undivide(entries: list[Entry], owners: list[Recipe], base: Recipe, layers: Mapping[str, Layer]) -> None:
+def _undivide(
+    entries: list[Entry], owners: list[Recipe], base: Recipe, layers: Mapping[str, Layer], more: Sequence[str]
+) -> None:
     """Make one matrix of each convolution in groups that a recipe which reads layers then takes."""
     for i, entry in enumerate(entries):
         whole = undivided(entry, layers[entry.name]) if entry.name in layers else None
         if whole is not None:
-            owner = _owner(whole, base)
+            owner = _owner(whole, base, more)
             if owner.reads_layers:
                 entries[i], owners[i] = whole, owner
 
@@ -493,30 +515,36 @@ def _opts(rule: Rule) -> bool:
     return bool(rule.options) or rule.recipe is not None
 
 
-def _owner(entry: Entry, base: Recipe) -> Recipe:
+def _owner(entry: Entry, base: Recipe, more: Sequence[str]) -> Recipe:
     """The recipe of a parameter: its rule's, or the one to which the base routes its blocks."""
     rule = entry.rule
     if rule is not None and rule.recipe is not None:
         made = lookup(rule.recipe)() if isinstance(rule.recipe, str) else rule.recipe
         if not isinstance(made, Recipe):
             raise TypeError(f"recipe={rule.recipe!r} of rule {rule.pattern!r} must be a recipe or the key of one")
-        return _with(made, rule.options, f"rule {rule.pattern!r}", strict=True)
+        return _with(made, rule.options, f"rule {rule.pattern!r}", more, strict=True)
     owners = [base.route(block) for block in entry.blocks]
     if any(owner != owners[0] for owner in owners):
         raise ValueError(f"the blocks of {entry.name!r} go to different recipes; use a rule to give it one")
     if rule is not None and rule.options:
-        return _with(owners[0], rule.options, f"rule {rule.pattern!r}", strict=True)
+        return _with(owners[0], rule.options, f"rule {rule.pattern!r}", more, strict=True)
     return owners[0]
 
 
-def _with(recipe: Recipe, overrides: Mapping[str, Any], where: str, strict: bool = False) -> Recipe:
-    """A recipe with a group's values; near misses of its keys are errors, other keys are the user's notes."""
-    valid = [item.name for item in dataclasses.fields(recipe)]
-    changes = {key: value for key, value in overrides.items() if key in valid}
+def _with(
+    recipe: Recipe, overrides: Mapping[str, Any], where: str, more: Sequence[str], strict: bool = False
+) -> Recipe:
+    """A recipe with a group's values; near misses of its keys are errors, other keys are the user's notes.
+
+    ``more`` are keys that the group has from elsewhere.
+    """
+    own = [item.name for item in dataclasses.fields(recipe)]
+    changes = {key: value for key, value in overrides.items() if key in own}
+    valid = [*own, *more]
     for key in overrides:
         if key in valid or key in ENGINE_KEYS or key in _NOT_OPTIONS:
             continue
-        for name in valid:
+        for name in own:
             aux = getattr(recipe, name)
             if isinstance(aux, Recipe) and key in aux.numbers():
                 raise TypeError(f"{where} sets {key!r}, which belongs to {aux.label}: write {name}={{{key!r}: ...}}")

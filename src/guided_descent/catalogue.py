@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from guided_descent.parts import Parts, Slot
+from guided_descent.parts import WRAPPERS, Parts, Slot, Wrapper
+from guided_descent.parts.numbers import Info, Numbers
 from guided_descent.recipes.base import REGISTRY, Recipe, lookup
 from guided_descent.routing.roles import Block, Piece, Role
 
 
 def list_optimizers(family: str | None = None) -> list[str]:
-    """The keys of all recipes, sorted.
+    """The keys of all recipes, sorted; those of wrappers, which recipes carry, with ``family="wrapper"``.
 
     Args:
         family: Only those of this family.
@@ -28,10 +29,11 @@ def list_optimizers(family: str | None = None) -> list[str]:
         >>> list_optimizers(family="sign")
         ['lion', 'signsgd', 'signum']
     """
-    families = sorted({info.family for info in REGISTRY.values()})
+    known: dict[str, Info[Any]] = {**REGISTRY, **(WRAPPERS if family is not None else {})}
+    families = sorted({info.family for info in known.values()})
     if family is not None and family not in families:
         raise ValueError(f"family {family!r} does not exist (valid: {', '.join(families)})")
-    return sorted(key for key, info in REGISTRY.items() if family in (None, info.family))
+    return sorted(key for key, info in known.items() if family in (None, info.family))
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,12 @@ class Description:
 
     def __str__(self) -> str:
         lines = [f"{self.key}  ({self.family}; {self.paper})", "", self.formula, ""]
-        lines += [f"Good for: {self.use}.", f"Not for: {self.avoid}."]
+        lines += [f"Good for: {self.use}."] if self.use else []
+        lines += [f"Not for: {self.avoid}."] if self.avoid else []
         lines += [f"Needs: {'; '.join(self.needs) or 'a gradient in each step, nothing more'}."]
         lines += [f"Start with: {self.start or 'the defaults'}.", "", "Hyperparameters"]
+        if self.family == "wrapper":
+            lines[-1] += f" (in param groups with {self.key}_ before the name)"
         width = max(len(item["name"]) for item in self.hyperparameters)
         for item in self.hyperparameters:
             rule = f" [{item['rule']}]" if item["rule"] else ""
@@ -92,7 +97,7 @@ class Description:
 
 
 def describe(name: str) -> Description:
-    """Formula, hyperparameters with defaults and ranges, state, cost and source of a recipe.
+    """Formula, hyperparameters with defaults and ranges, state, cost and source of a recipe or a wrapper.
 
     Args:
         name: A key of ``list_optimizers()``.
@@ -104,22 +109,21 @@ def describe(name: str) -> Description:
         >>> describe("muon").family
         'spectral'
     """
-    cls = lookup(name)
-    info = REGISTRY[name]
+    info: Info[Any] = WRAPPERS[name] if name in WRAPPERS else REGISTRY[lookup(name).key]
     block = Block("weight", (Piece("weight", (_SIDE, _SIDE)),), (_SIDE, _SIDE), Role.MATRIX)
-    made = cls()
-    parts = made.parts(block)
+    made = info.cls()
+    parts = Parts(made.part()) if isinstance(made, Wrapper) else made.parts(block)
     slots = parts.slots(block).items()
     return Description(
         key=name,
         family=info.family,
         paper=info.paper,
-        formula=inspect.cleandoc(cls.__doc__ or ""),
+        formula=inspect.cleandoc(info.cls.__doc__ or ""),
         use=info.use,
         avoid=info.avoid,
         start=info.start,
         needs=_needs(made, parts),
-        hyperparameters=tuple(_hyperparameter(item, made) for item in dataclasses.fields(cls)),
+        hyperparameters=tuple(_hyperparameter(item, made) for item in dataclasses.fields(made)),
         state=tuple({"name": n, "shape": list(block.shape if s.layout == "param" else s.shape)} for n, s in slots),
         memory=sum(_bytes(slot, block) for _, slot in slots) / (4 * block.numel),
         parts=tuple(f"{type(part).__name__} ({part.where})" for part in parts),
@@ -148,10 +152,10 @@ def table() -> str:
 _SIDE = 1024
 
 
-def _needs(made: Recipe, parts: Parts) -> tuple[str, ...]:
+def _needs(made: Numbers, parts: Parts) -> tuple[str, ...]:
     """What a recipe asks of the training loop, in words."""
     found = []
-    if made.reads_layers:
+    if isinstance(made, Recipe) and made.reads_layers:
         sampled = made.values().get("fisher") in ("mc", "exact")
         found.append("the model and the name of its loss" if sampled else "the model")
     if parts.evaluations > 1:
@@ -171,17 +175,19 @@ def _bytes(slot: Slot, block: Block) -> int:
     return size * (block.numel if slot.layout == "param" else math.prod(slot.shape))
 
 
-def _hyperparameter(item: dataclasses.Field[Any], made: Recipe) -> dict[str, Any]:
+def _hyperparameter(item: dataclasses.Field[Any], made: Numbers) -> dict[str, Any]:
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     meta = item.metadata
     if not meta:
         value = getattr(made, item.name)
-        default = (
-            f"{value.label}(lr={value.values()['lr']})" if isinstance(value, Recipe) else "adamw with the same numbers"
-        )
+        aux = value if isinstance(value, Recipe) else made.default_aux() if isinstance(made, Recipe) else None
+        assert aux is not None
+        rate = aux.values()["lr"]
+        shared = value is None and rate == made.values()["lr"]
+        default = f"{aux.label} with the same numbers" if shared else f"{aux.label}(lr={rate})"
         return {"name": item.name, "default": default, "rule": "", "help": "recipe of the blocks that are no matrices"}
-    if meta["kind"] == "static":
-        rule = " | ".join(map(str, meta["of"])) if meta["of"] else ""
+    if meta["kind"] == "static" and meta["of"]:
+        rule = " | ".join(map(str, meta["of"]))
     else:
         rule = ", ".join(f"{signs[name]} {bound:g}" for name, bound in meta["bounds"].items())
     return {"name": item.name, "default": item.default, "rule": rule, "help": meta["help"]}

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from guided_descent.build import RoutedOptimizer
-from guided_descent.engine.refresh import waiting_slots
-from guided_descent.engine.rounding import rounding_slots
+from guided_descent.engine.binding import stored_slots
 from guided_descent.engine.state import work_dtype
 from guided_descent.parts.base import Slot
 from guided_descent.routing.roles import Block
@@ -49,6 +48,15 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Added:
+    """A wrapper that a group carries, with its numbers by group key."""
+
+    wrapper: str
+    group: int
+    numbers: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Explanation:
     """The routing and the bill of an optimizer: text with ``str()``, data with ``to_dict()``."""
 
@@ -56,6 +64,7 @@ class Explanation:
     parameters: int
     state_bytes: int
     flops: float
+    added: tuple[Added, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -77,13 +86,16 @@ class Explanation:
             f"{self.parameters:,} parameters; state {_bytes(self.state_bytes)} ({per:.2f} bytes each); "
             f"{self.flops / 1e6:.4g} MFLOP a step"
         )
+        for each in self.added:
+            numbers = ", ".join(f"{name}={value}" for name, value in each.numbers.items())
+            text.append(f"added to group {each.group}: {each.wrapper} ({numbers})")
         return "\n".join(text)
 
 
 def explain(optimizer: RoutedOptimizer) -> Explanation:
     """Which recipe updates which parameter, in which view, at which rates, at what cost, and why.
 
-    State bytes follow from the declared slots and equal what is allocated.
+    State bytes follow from the declared slots and equal what is allocated, but for what evaluation mode holds.
 
     Args:
         optimizer: An optimizer of this library.
@@ -143,14 +155,18 @@ def explain(optimizer: RoutedOptimizer) -> Explanation:
                     )
                 )
     size = sum(line.state_bytes for line in lines) + sum(shared.values())
-    return Explanation(tuple(lines), total, size, sum(line.flops for line in lines))
+    added = tuple(
+        Added(wrapper.label, index, {name: optimizer.param_groups[index][name] for name in wrapper.numbers()})
+        for index, wrappers in enumerate(optimizer._engine.binder.carried)
+        for wrapper in wrappers
+    )
+    return Explanation(tuple(lines), total, size, sum(line.flops for line in lines), added)
 
 
 def _state_bytes(optimizer: RoutedOptimizer, group: int, block: Block, tensor: torch.Tensor) -> int:
     work = work_dtype(tensor.dtype)
     parts = optimizer._engine.binder.parts(group, block)
-    slots = parts.slots(block) | waiting_slots(parts, block, optimizer.param_groups[group])
-    slots |= rounding_slots(optimizer.param_groups[group]["rounding"], tensor.dtype)
+    slots, _ = stored_slots(parts, block, optimizer.param_groups[group], tensor)
     size = 0
     for slot in slots.values():
         each = torch.empty((), dtype=slot.dtype or work).element_size()

@@ -28,6 +28,8 @@ SMALL: dict[str, Any] = {
     "d0": 0.01,  # what finds its learning rate begins with steps that a few updates show
     "growth_rate": 1.02,
     "r_eps": 0.01,
+    "warmup_steps": 10,
+    "silent_sgd_phase": False,
 }
 #: Sizes that mean something on small tensors, for recipes whose own are larger.
 SIZES: dict[str, int] = {"rank": 4, "min_dim_size_to_factor": 3}
@@ -220,11 +222,6 @@ def always(key: str) -> dict[str, Any]:
     return {"hessian_frequency": 1} if parts_of(key).curvature else {}
 
 
-def steady(key: str) -> dict[str, Any]:
-    """Options under which lr alone sets the length of its steps."""
-    return {name: value for name, value in STEADY.items() if has(key, name)} if finds_rate(key) else {}
-
-
 def per_tensor(key: str) -> bool:
     """Whether it is for any tensor and yet acts on each as a whole: on a stack or a fused map as on one."""
     return not recipe_of(key).matrix and parts_of(key).unit != "element"
@@ -273,6 +270,12 @@ def exact(key: str) -> dict[str, Any]:
     if parts_of(key).curvature:  # probes of +-1 see a diagonal as it is, whatever is drawn
         return {"probe": "rademacher"} if has(key, "probe") else {}
     return {"ns_dtype": "float64"} if has(key, "ns_dtype") else {}
+
+
+def steady(key: str) -> dict[str, Any]:
+    """Options under which lr alone sets the length of its steps, from the first one."""
+    found = {name: value for name, value in STEADY.items() if has(key, name)} if finds_rate(key) else {}
+    return found | ({"warmup_steps": 0} if has(key, "warmup_steps") else {})
 
 
 def undrawn(key: str) -> dict[str, Any]:
@@ -341,6 +344,17 @@ def push(opt: RoutedOptimizer, steps: int = 1, seed: int = 0, scale: float = 1.0
     params = [p for group in opt.param_groups for p in group["params"] if p.requires_grad]
     for number in range(7919 * seed, 7919 * seed + steps):
         feed(opt, lambda number=number: fill(params, number, scale), number)
+
+
+def sequence(opt: RoutedOptimizer, decaying: bool = False) -> dict[str, Any]:
+    """Copies of what the steps move, by name: the parameters, or the z of a recipe that averages; or of what decays."""
+    found: dict[str, Any] = {}
+    for bucket in opt._engine.bind().buckets:
+        average = bucket.parts.average
+        own = average is not None and (not decaying or getattr(average, "decay", None) is not None)
+        for p in (p for owners in bucket.owners for p in owners):
+            found[p.name] = (opt.state[p.tensor]["z"] if own else p.tensor.detach()).clone()
+    return found
 
 
 def look(opt: RoutedOptimizer, seed: int) -> None:

@@ -161,6 +161,23 @@ def test_a_saved_state_is_not_tied_to_the_live_counters(key: str) -> None:
         assert all(identical(v, saved["state"][number][name]) for name, v in values.items())  # loading copies
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_checkpoint_of_either_mode_continues_to_the_bit(key: str, mode: str) -> None:
+    net, other, never = Net(), Net(), Net()
+    opt, fresh, plain = make(key, net), make(key, other), make(key, never)
+    drive(opt, net, 6)
+    getattr(opt, mode)()
+    saved = through_file({"model": net.state_dict(), "optimizer": opt.state_dict()})
+    other.load_state_dict(saved["model"])
+    fresh.load_state_dict(saved["optimizer"])
+    for target, model in ((opt, net), (fresh, other)):
+        target.train()
+        drive(target, model, 6, first=6)
+    drive(plain, never, 12)
+    assert_same(snapshot(opt, net), snapshot(plain, never))
+    assert_same(snapshot(opt, net), snapshot(fresh, other))
+
+
 # -- the distributed checkpoint ------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from drive import Net, Plain, assert_close, exact, feed, finds_rate, has, make, parameters, push
+from drive import Net, Plain, assert_close, exact, feed, finds_rate, has, make, parameters, push, sequence, steady
 from torch import nn
 from torch.optim import lr_scheduler as lrs
 
@@ -127,7 +127,8 @@ def test_independent_decay_follows_the_schedule_and_not_the_rate(key: str) -> No
         return  # a step without gradients changes nothing; its decay is tested with the recipe
     for rate in (0.02, 0.01):
         net = Plain(torch.float64)
-        opt = make(key, net, lr=rate, weight_decay=0.1, decay="independent", rules=[gd.rule("*", weight_decay=0.1)])
+        rules = [gd.rule("*", weight_decay=0.1)]
+        opt = make(key, net, lr=rate, weight_decay=0.1, decay="independent", rules=rules, **steady(key))
         scheduler = lrs.LambdaLR(opt, lambda step: 1 / (1 + step))
 
         def zero(net: nn.Module = net) -> None:
@@ -137,14 +138,14 @@ def test_independent_decay_follows_the_schedule_and_not_the_rate(key: str) -> No
         feed(opt, zero)  # the silent first step of some recipes
         scheduler.step()
         for number in range(1, 4):
-            before = parameters(net)
+            before, decaying = sequence(opt), sequence(opt, decaying=True)
             feed(opt, zero, number)
             scheduler.step()
             own = [n for g in opt.param_groups if g["recipe"] == key for n in g["param_names"]]
             assert own
             for name in own:
-                p = net.get_parameter(name)
-                torch.testing.assert_close(p, before[name] * (1 - 0.1 / (1 + number)), rtol=1e-7, atol=1e-9)
+                want = before[name] - decaying[name] * 0.1 / (1 + number)
+                torch.testing.assert_close(sequence(opt)[name], want, rtol=1e-7, atol=1e-9)
 
 
 def test_coupled_decay_shrinks_by_the_rate(key: str) -> None:
@@ -152,15 +153,15 @@ def test_coupled_decay_shrinks_by_the_rate(key: str) -> None:
         return  # its decay is part of the gradient, or by a rate that it finds: it is tested with the recipe
     net = Plain(torch.float64)
     rules = [gd.rule("*", lr=0.02, weight_decay=0.1)]
-    opt = make(key, net, lr=0.02, weight_decay=0.1, decay="decoupled", rules=rules)
+    opt = make(key, net, lr=0.02, weight_decay=0.1, decay="decoupled", rules=rules, **steady(key))
 
     def zero() -> None:
         for p in net.parameters():
             p.grad = torch.zeros_like(p)
 
     for number in range(3):
-        before = parameters(net)
+        before, decaying = sequence(opt), sequence(opt, decaying=True)
         feed(opt, zero, number)
-        for name, p in net.named_parameters():
+        for name, p in sequence(opt).items():
             if number:
-                torch.testing.assert_close(p, before[name] * (1 - 0.02 * 0.1), rtol=1e-7, atol=1e-12)
+                torch.testing.assert_close(p, before[name] - decaying[name] * 0.02 * 0.1, rtol=1e-7, atol=1e-12)

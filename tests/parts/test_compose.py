@@ -187,7 +187,7 @@ class Writer(Part):
 
 def test_parameters_are_written_in_their_slots_only() -> None:
     start, grad = torch.randn(3, 3), stream((3, 3))
-    with pytest.raises(RuntimeError, match="decay_before, step and decay_after"):
+    with pytest.raises(RuntimeError, match="decay_before, step, decay_after and average"):
         run(recipe_of(Writer(), Descend()), start, grad, 1)
     got = run(recipe_of(Writer().at("decay_after"), Descend(), lr=0.0), start, grad, 1)
     torch.testing.assert_close(got[0], 0.5 * start)

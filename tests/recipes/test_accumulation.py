@@ -26,7 +26,7 @@ class Likeliest(CrossEntropy):
 
 
 def options(name: str) -> dict[str, Any]:
-    """What makes the comparison exact: no rounding of a null space, and no draw that differs by micro-batch."""
+    """What makes the comparison exact: no rounding of a null space, no draw that differs by micro-batch, no rest."""
     if gd.recipes.lookup(name).reads_layers:
         fisher = "forward" if name == "foof" else "empirical"
         return {"loss": "cross_entropy", "fisher": fisher}
@@ -35,6 +35,8 @@ def options(name: str) -> dict[str, Any]:
     first = {"d0", "r_eps"} & gd.recipes.lookup(name)().values().keys()
     if first:  # of methods that find their learning rate: else four steps show nothing
         return dict.fromkeys(first, 1e-3)
+    if "silent_sgd_phase" in gd.recipes.lookup(name).numbers():
+        return {"silent_sgd_phase": False}
     return FULL_RANK if name in ("soap", "ec_shampoo", "kl_soap", "splus") else {}
 
 

@@ -12,9 +12,10 @@ Example:
     ['bias', 'weight']
 """
 
+from guided_descent.engine.guard import is_evaluating
+
 from .ema import EMA
 from .evaluating import BufferSource, EvaluationSource, evaluating, export
-from .guard import is_evaluating
 from .polynomial import PolynomialAverage
 from .running import RunningAverage
 

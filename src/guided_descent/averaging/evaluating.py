@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from guided_descent.engine.guard import forbid_while_evaluating, marked
 from guided_descent.routing.names import canonical_name
 
-from .guard import forbid_while_evaluating, marked
 from .normalization import reestimate, tracking_norms
 from .weights import Slot, check_names, check_shapes, local, slots_of
 

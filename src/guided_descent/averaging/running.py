@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from guided_descent.engine.guard import forbid_while_evaluating
 from guided_descent.schedules import accepted_steps
 
-from .guard import forbid_while_evaluating
 from .shadows import Shadows
 from .weights import check_names, check_shapes
 

@@ -29,18 +29,20 @@ def list_command(
     as_json: Json = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="The page of all of them, docs/optimizers.md.")] = False,
 ) -> None:
-    """List every optimizer: its key, family, paper and one line about it."""
+    """List every optimizer, and the wrappers that any of them can carry: key, family, paper and one line about it."""
     if markdown:
         print(optimizer_table(), end="")
         return
     descriptions = [guided_descent.describe(name) for name in guided_descent.list_optimizers(family=family)]
+    more = [] if family else [guided_descent.describe(name) for name in guided_descent.list_optimizers("wrapper")]
     if as_json:
-        print_json({"optimizers": [description.to_dict() for description in descriptions]})
+        found = {"optimizers": [description.to_dict() for description in descriptions]}
+        print_json(found | ({"wrappers": [description.to_dict() for description in more]} if more else {}))
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("optimizer", "family", "lr", "source", "what it does"):
         table.add_column(title, overflow="fold")
-    for description in descriptions:
+    for description in descriptions + more:
         summary = description.formula.partition("\n")[0]
         table.add_row(
             description.key, description.family, str(default(description, "lr")), description.paper, Text(summary)
@@ -53,7 +55,7 @@ def describe(
     name: Annotated[str, typer.Argument(help="A key from guided-descent list.")], as_json: Json = False
 ) -> None:
     """Show one optimizer: formula, hyperparameters with defaults and ranges, source."""
-    check_known(name, guided_descent.list_optimizers())
+    check_known(name, guided_descent.list_optimizers() + guided_descent.list_optimizers("wrapper"))
     description = guided_descent.describe(name)
     if as_json:
         print_json(description.to_dict())

@@ -7,19 +7,21 @@ parameters unfrozen late all keep what they have.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import Field, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from guided_descent import kernels
-from guided_descent.engine import rounding
+from guided_descent.engine import packing, rounding
 from guided_descent.engine.buckets import STACK, Bucket, Parameter, Slice, capacity, factor_stack
 from guided_descent.engine.refresh import waiting_slots
 from guided_descent.engine.state import param_slot, real, slot_key, work_dtype
-from guided_descent.parts.base import Part, Parts
+from guided_descent.parts.base import Part, Parts, Slot
+from guided_descent.parts.numbers import Numbers
+from guided_descent.parts.wrapper import Wrapper
 from guided_descent.recipes.base import Recipe
 from guided_descent.routing.roles import Block
 
@@ -42,6 +44,16 @@ class Plan:
     phases: dict[tuple[int, int], dict[str, int]] = field(default_factory=dict)  # by period, and what is crowded
 
 
+def stored_slots(
+    parts: Parts, block: Block, group: Mapping[str, Any], tensor: Tensor
+) -> tuple[dict[str, Slot], dict[str, bool]]:
+    """All state of a block as it is stored, and which of it is packed, with signs or without."""
+    slots = parts.slots(block)
+    packed = packing.choose(parts, slots, group["state_dtype"], tensor)
+    stored = packing.declare(slots, packed, block) | rounding.rounding_slots(group["rounding"], tensor.dtype)
+    return stored | waiting_slots(parts, block, group), packed
+
+
 class Binder:
     """Makes plans, and knows whether the last one still holds.
 
@@ -51,6 +63,7 @@ class Binder:
         recipes: The recipe of each group.
         blocks: The blocks of each parameter, by canonical name.
         add: Parts added to every recipe.
+        carried: The wrappers of each group, whose parts are among the added ones.
         workspace_mb: Bound of the scratch memory; a single larger matrix may exceed it.
     """
 
@@ -61,6 +74,7 @@ class Binder:
         recipes: list[Recipe],
         blocks: dict[str, tuple[Block, ...]],
         add: tuple[Part, ...],
+        carried: list[tuple[Wrapper, ...]],
         workspace_mb: float,
     ) -> None:
         self.groups = groups
@@ -68,6 +82,7 @@ class Binder:
         self.recipes = recipes
         self.blocks = blocks
         self.add = add
+        self.carried = carried
         self.workspace_mb = workspace_mb
         self.graphs = False  # whether the parts are compiled
         self.plan: Plan | None = None
@@ -94,6 +109,11 @@ class Binder:
         if key not in self._parts:
             recipe = self.recipes[group]
             parts = recipe.parts(block) + tuple(part for part in self.add if part.takes(block))
+            if parts.average is not None and recipe.couples:
+                raise ValueError(
+                    f"{recipe.label} edits parameters after the step, of which {type(parts.average).__name__} would "
+                    "know nothing: leave one of them out"
+                )
             for part in parts:
                 lacking = [name for name in part.keys if name not in self.groups[group]]
                 if lacking:
@@ -103,6 +123,16 @@ class Binder:
                     )
             self._parts[key] = parts
         return self._parts[key]
+
+    def sources(self, group: int) -> tuple[Numbers, ...]:
+        """Who declares keys of a group: its recipe and its wrappers."""
+        return (self.recipes[group], *self.carried[group])
+
+    def declared(self, group: int) -> Iterator[tuple[Numbers, str, Field[Any]]]:
+        """The keys that a group has from them: who declares it, its name, the field."""
+        for source in self.sources(group):
+            for name, item in source.numbers().items():
+                yield source, name, item
 
     def forget(self) -> None:
         """Bind anew at the next use; state is kept."""
@@ -120,9 +150,15 @@ class Binder:
         return list(map(Tensor.data_ptr, tensors)) == plan.pointers
 
     def _options(self) -> list[tuple[Any, ...]]:
-        return [(group["rounding"], group["foreach"], group["fused"]) for group in self.groups]
+        return [tuple(group[key] for key in ("state_dtype", "rounding", "foreach", "fused")) for group in self.groups]
 
     def _make_plan(self, old: Plan | None) -> Plan:
+        for group, built in zip(self.groups, old.options if old is not None else ()):
+            if group["state_dtype"] != built[0]:
+                raise ValueError(
+                    f"state_dtype was {built[0]!r} when the optimizer was built and is now {group['state_dtype']!r}: "
+                    "state that is held cannot change its form; build a new optimizer"
+                )
         parameters: list[Parameter] = []
         for index, group in enumerate(self.groups):
             names = group["param_names"]
@@ -199,14 +235,14 @@ class Binder:
                 kept = rounding.rounding_slots(mode, p.tensor.dtype)
                 for name in rounding.NAMES - kept.keys():  # of a mode left behind: it would be stale on return
                     self.state[p.tensor].pop(name, None)
-                slots = parts.slots(block) | kept | waiting_slots(parts, block, group)
+                slots, packed = stored_slots(parts, block, group, p.tensor)
                 scales = (block.lr_scale, block.wd_scale, block.eps_scale, *(x.wd_scale for x in block.pieces))
                 shape = block.shape if parts.unit == "matrix" else ()
                 factors = tuple((n, slot.shape) for n, slot in slots.items() if slot.layout == "factor")
                 key = (p.group, parts, p.tensor.dtype, p.tensor.device, scales, shape, factors)
                 if key not in buckets:
                     loop = group["foreach"] is False
-                    buckets[key] = Bucket(p.group, parts, p.tensor.dtype, p.tensor.device, slots, loop)
+                    buckets[key] = Bucket(p.group, parts, p.tensor.dtype, p.tensor.device, slots, packed, loop)
                     buckets[key].graphs = self.graphs
                 bucket = buckets[key]
                 bucket.blocks.append(block)
@@ -269,6 +305,6 @@ class Binder:
     def _kernel(self, bucket: Bucket) -> kernels.Kernel | None:
         """The kernel that equals a bucket's parts, unless the group asks for the plain loop."""
         group = self.groups[bucket.group]
-        if group["fused"] is False or group["foreach"] is False:
+        if group["fused"] is False or group["foreach"] is False or bucket.packed:
             return None
         return kernels.find(bucket.parts, bucket.device, bucket.dtype, bucket.scales)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from guided_descent.engine import packing
 from guided_descent.engine.state import HALF, real, work_dtype
 from guided_descent.kernels import Kernel, Scales
 from guided_descent.linalg.workspace import Workspace
@@ -54,6 +55,7 @@ class Bucket:
     dtype: torch.dtype
     device: torch.device
     slots: dict[str, Slot]
+    packed: dict[str, bool]  # slots that are stored in 8 bits, and whether they have signs
     loop: bool
     blocks: list[Block] = field(default_factory=list)
     owners: list[list[Parameter]] = field(default_factory=list)  # for each block, the parameters of its pieces
@@ -139,8 +141,10 @@ class Slice:
         self.half = bucket.dtype in HALF
         self.work = work_dtype(bucket.dtype)
         self.state: State = dict(bucket.shared)
+        self.codes: dict[str, Rows] = {}
         for name, tensors in bucket.tensors.items():
-            self.state[name] = self._rows([self._cut(view) for i in chosen for view in tensors[i]])
+            rows = self._rows([self._cut(view) for i in chosen for view in tensors[i]])
+            (self.codes if name in bucket.packed else self.state)[name] = rows
         lo, hi = chosen[0], chosen[-1] + 1
         self._scattered = chosen != list(range(lo, hi))
         for name, stack in bucket.stacks.items():
@@ -192,6 +196,26 @@ class Slice:
         if self._scattered:
             for name, stack in self.bucket.stacks.items():
                 stack.index_copy_(0, self._index(stack), self.state[name])
+
+    def unpack(self, tag: str, work: Workspace) -> None:
+        """Bring packed state into scratch, where parts work on it."""
+        for name, codes in self.codes.items():
+            rows = self.state[name] = self.scratch(f"state.{name}{tag}", work)
+            for row, code, scales in zip(rows.list, codes.list, self._scales(name)):
+                packing.unpack(row, code, scales, self.bucket.packed[name])
+
+    def pack(self, step: int) -> None:
+        """Store it again."""
+        for name, codes in self.codes.items():
+            for row, code, scales in zip(self.state[name].list, codes.list, self._scales(name)):
+                packing.pack(row, code, scales, self.bucket.packed[name], step)
+
+    def _scales(self, name: str) -> Tensor:
+        """The scales of each row of a packed slot."""
+        scales: Tensor = self.state[packing.scales_of(name)]
+        if self.span is None:
+            return scales
+        return scales[:, self.span[0] // packing.GROUP : -(-self.span[1] // packing.GROUP)]
 
     def scratch(self, tag: str, work: Workspace) -> Rows:
         """Scratch of the direction's shape: one stack ``[B, *shape]``, or tensors shaped like the rows."""

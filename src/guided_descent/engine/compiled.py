@@ -49,7 +49,7 @@ class Compiled:
         self._tensors: dict[tuple[str, int, torch.device], Tensor] = {}
 
     def run(
-        self, piece: Slice, parts: tuple[Part, ...], g: Rows, w: Rows, h: Mapping[str, Any], step: int
+        self, piece: Slice, parts: tuple[Part, ...], x: Batch, w: Rows, h: Mapping[str, Any], step: int
     ) -> dict[str, Any]:
         """Run the parts on a slice; returns the events that they counted."""
         form = piece.form
@@ -59,15 +59,18 @@ class Compiled:
         numbers = {key: self._tensor(key, h[key], device) for key in self._keys(parts) if key in h}
         numbers["step"] = self._number("step", 0, step, device)
         state = {name: _rows(value) if isinstance(value, Rows) else value for name, value in piece.state.items()}
+        probed = None if x.probed is None else _rows(x.probed)
         with torch.compiler.set_stance("default"):  # a model that is being read runs eagerly, the update need not
-            return self._graphs[form](parts, _rows(g), _rows(w), state, numbers)
+            return self._graphs[form](parts, _rows(x.g), probed, _rows(w), state, numbers)
 
     def _compile(self, piece: Slice) -> Callable[..., dict[str, Any]]:
         outside = self.work
+        before = piece.bucket.parts.before
 
         def run(
             parts: tuple[Part, ...],
             g: list[Tensor],
+            probed: list[Tensor] | None,
             w: list[Tensor],
             state: dict[str, Any],
             h: dict[str, Any],
@@ -83,10 +86,12 @@ class Compiled:
                 step=h["step"],
                 first=False,
                 work=work,
+                probed=None if probed is None else Rows(probed, loop=True),
             )
             for part in parts:
-                if part.where in WRITERS:
+                if part.where in WRITERS and x.w is None:
                     x.w = written
+                    x.before = piece.fresh(work, "before").copy_(written) if before else None
                 part.update(x, rows, h, {})
             return x.ticks
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from guided_descent.engine import rounding
+from guided_descent.engine.ballot import Ballot
 from guided_descent.engine.binding import Binder, Plan
 from guided_descent.engine.buckets import Bucket, Slice
 from guided_descent.engine.compiled import Compiled
@@ -25,6 +26,7 @@ from guided_descent.engine.hessian import Diagonal
 from guided_descent.engine.joint import check_joint
 from guided_descent.engine.observing import Observer
 from guided_descent.engine.policies import PATIENCE, NonFiniteError, all_finite, culprits
+from guided_descent.engine.probing import again, probe
 from guided_descent.engine.refresh import Refresher
 from guided_descent.engine.state import HALF, work_dtype
 from guided_descent.linalg.workspace import Workspace
@@ -52,8 +54,12 @@ class Work:
     step: int
     gradients: Rows
     parts: tuple[Part, ...]
+    probed: Rows | None = None  # gradients at another point, where they are kept apart
     batch: Batch | None = None
     position: int = 0
+    tag: str = ""  # of its scratch
+    started: bool = False  # whether it has taken some
+    unpacked: bool = False  # whether packed state is in scratch
 
     @property
     def left(self) -> tuple[Part, ...]:
@@ -88,6 +94,7 @@ class Engine:
         self.diagonal = Diagonal(self)
         self.process_group: Any = None  # the ranks of a DistributedDataParallel model
         self.objective: Any = None  # what the running step was given
+        self.buffers: Callable[[], Iterable[Tensor]] | None = None  # of the model, where it is known
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but scratch, graphs and hooks on the model."""
@@ -99,6 +106,7 @@ class Engine:
             "observer": None,
             "notes": {},
             "process_group": None,
+            "buffers": None,
         }
 
     def bind(self) -> Plan:
@@ -132,7 +140,7 @@ class Engine:
         plan = self.bind()
         self._check_groups()
         check_joint(plan, self.groups)
-        gradients = self._gradients(plan)
+        gradients = self.gradients(plan)
         plan = self.bind_current()
         active = [i for i, g in enumerate(gradients) if g is not None]
         judging = self._judging(plan, closure)
@@ -166,16 +174,30 @@ class Engine:
             raise RuntimeError(
                 "this copy of the optimizer watches no model: call optimizer.watch(model, loss=...) first"
             )
-        probes = self._evaluations(plan)
-        if probes > 1:
-            gradients = self._probe(plan, gradients, closure, probes)
+        ballot = self._ballot(plan, gradients, active)
+        refusal = ballot.refusal()
+        if refusal is not None:
+            self._skip(refusal)
+            return
+        probed: list[Tensor | None] | None = None
+        asked = [bucket.parts.probing for bucket in plan.buckets if bucket.parts.probing is not None]
+        if asked:
+            apart = asked[0].needs.apart
+            first = [g.clone() if g is not None else None for g in gradients] if apart else gradients
+            found = probe(self, plan, gradients, closure)
+            if apart:
+                gradients, probed = [None if other is None else g for g, other in zip(first, found)], found
+            else:
+                gradients = found
             active = [i for i, g in enumerate(gradients) if g is not None]
-            if not active or not self._finite(plan, gradients, active, {}):
+            if not active or not self._finite(plan, found, active, {}):
                 return
+        self.skipped_in_row = 0
+        ballot.remember()
         if self.observer is not None:
             self.observer.reduce()
         active = self._whole(plan, gradients, active)
-        work = self._schedule(plan, gradients, active)
+        work = self.schedule(plan, gradients, active, probed)
         self.refresher.run(work, ahead=True)
         self._run(work)
         self.refresher.run(work)
@@ -213,16 +235,14 @@ class Engine:
         kept = [tensor.grad for tensor in tensors]
         for tensor in tensors:
             tensor.grad = None
-        if self.observer is not None:
-            self.observer.capture.disarm()
-        with torch.enable_grad():
-            after = _number(closure())
+        after = _number(again(self, closure))
         for tensor, grad in zip(tensors, kept):
             tensor.grad = grad
         for group, part in judging:
             part.judge(self.groups[group]["extra"], self.groups[group], before, after)
 
-    def _gradients(self, plan: Plan) -> list[Tensor | None]:
+    def gradients(self, plan: Plan) -> list[Tensor | None]:
+        """The gradient of each parameter, checked."""
         gradients = [p.tensor.grad for p in plan.parameters]
         for p, g in zip(plan.parameters, gradients):
             if g is None:
@@ -247,7 +267,6 @@ class Engine:
         present = [g for g in gradients if g is not None] + list(curvature.values())
         active = [*active, *curvature]
         if all_finite(present, self.work):
-            self.skipped_in_row = 0
             return True
         names = list(dict.fromkeys(plan.parameters[active[i]].name for i in culprits(present)))
         what = "gradient or curvature" if curvature else "gradient"
@@ -257,31 +276,45 @@ class Engine:
                 f"non-finite {what} in {shown} at step {self.groups[0]['steps'] + 1}: nothing was changed; lower the "
                 "learning rate, clip, or use nonfinite='skip'"
             )
+        self._skip(
+            NonFiniteError(
+                f"{PATIENCE} steps in a row had non-finite gradients, now in {shown}: training cannot go on; look at "
+                "the loss and the data, lower the learning rate, or load the last checkpoint"
+            )
+        )
+        return False
+
+    def _skip(self, error: RuntimeError) -> None:
+        """Count a step that is left out; many in a row are an error."""
         self.skipped_in_row += 1
         for group in self.groups:
             group["skipped"] += 1
         if self.skipped_in_row >= PATIENCE:
-            raise NonFiniteError(
-                f"{PATIENCE} steps in a row had non-finite gradients, now in {shown}: training cannot go on; look at "
-                "the loss and the data, lower the learning rate, or load the last checkpoint"
-            )
-        return False
+            raise error
+
+    def _ballot(self, plan: Plan, gradients: Sequence[Tensor | None], active: Sequence[int]) -> Ballot:
+        """What the parts that may refuse the step find in its gradients; nothing is changed."""
+        ballot = Ballot(self.groups, plan.buckets)
+        for w in self.schedule(plan, gradients, active) if ballot else ():
+            for part in (part for part in w.parts if part.gauges):
+                ballot.add(part, part.gauge(self.batch(w), self.groups[w.bucket.group]))
+        return ballot
 
     def _check_groups(self) -> None:
         """Structure is fixed: a changed static key, or a momentum that was zero, is an error and not ignored."""
-        for group, recipe in zip(self.groups, self.recipes):
-            for name, item in recipe.numbers().items():
+        for index, group in enumerate(self.groups):
+            for source, name, item in self.binder.declared(index):
                 meta = item.metadata
-                built = getattr(recipe, name)
+                built = getattr(source, item.name)
                 now = group[name]
                 if meta["kind"] == "static" and now != built:
                     raise ValueError(
-                        f"{name} of {recipe.label} was {built!r} when the optimizer was built and is now {now!r}: it "
+                        f"{name} of {source.label} was {built!r} when the optimizer was built and is now {now!r}: it "
                         "chooses structure; build a new optimizer"
                     )
                 if meta["kind"] == "hyper" and meta["structural"] and bool(now) != bool(built):
                     raise ValueError(
-                        f"{name} of {recipe.label} went from {built!r} to {now!r}: a part comes or goes with zero; "
+                        f"{name} of {source.label} went from {built!r} to {now!r}: a part comes or goes with zero; "
                         "build a new optimizer"
                     )
 
@@ -298,7 +331,13 @@ class Engine:
                     waiting.update(have)
         return [i for i in active if i not in waiting]
 
-    def _schedule(self, plan: Plan, gradients: Sequence[Tensor | None], active: Sequence[int]) -> list[Work]:
+    def schedule(
+        self,
+        plan: Plan,
+        gradients: Sequence[Tensor | None],
+        active: Sequence[int],
+        probed: Sequence[Tensor | None] | None = None,
+    ) -> list[Work]:
         """The slices to run: whole buckets where every row is active and at one step, else rows by step."""
         together = len(active) == len(plan.parameters) and len(set(plan.counts)) == 1
         found = []
@@ -311,7 +350,9 @@ class Engine:
                 slices = bucket.slices
                 if len(rows) != len(bucket.blocks):
                     slices = self.cut_all(bucket, rows)
-                found += [Work(piece, bucket, step, piece.gradients(gradients), parts) for piece in slices]
+                for piece in slices:
+                    other = None if probed is None else piece.gradients(probed)
+                    found.append(Work(piece, bucket, step, piece.gradients(gradients), parts, other))
         return found
 
     @staticmethod
@@ -353,6 +394,8 @@ class Engine:
         waiting = staged
         while waiting:
             for w in waiting:
+                if not w.started and not any(part.has_sums and part not in totals for part in w.left):
+                    w.tag = ""  # it runs to its end at once: scratch need not be its own
                 self._advance(w, totals)
                 if w.ended:  # at once: the working copies of half-precision parameters share their scratch
                     self._finish(w)
@@ -371,8 +414,9 @@ class Engine:
         w.batch = self._begin(w)
         fresh = w.batch.seen is not None or w.batch.curvature is not None
         if self.compiled is not None and w.step > 2 and not fresh:
-            w.batch.w = self._open(w)
-            w.batch.ticks = self.compiled.run(w.slice, w.parts, w.batch.g, w.batch.w, h, w.step)
+            self.unpack(w)
+            rows = self._open(w, w.batch)
+            w.batch.ticks = self.compiled.run(w.slice, w.parts, w.batch, rows, h, w.step)
         else:
             self._advance(w, {})
         self._finish(w)
@@ -387,7 +431,9 @@ class Engine:
         for w in waiting:
             part = w.parts[w.position]
             if part in ready and w.batch is not None:
-                self._add(found, part, part.sums(w.batch, w.slice.state, self.groups[w.bucket.group]))
+                if any(slot.layout == "param" for slot in part.slots(w.slice.blocks[0]).values()):
+                    self.unpack(w)
+                self.add(found, part, part.sums(w.batch, w.slice.state, self.groups[w.bucket.group]))
         for part in ready:
             if part.multiplies:
                 found[part]["products"] = self._products(part, [w for w in waiting if w.parts[w.position] == part])
@@ -417,40 +463,53 @@ class Engine:
         return products
 
     @staticmethod
-    def _add(totals: Totals, part: Part, values: Mapping[str, Tensor]) -> None:
+    def add(totals: Totals, part: Part, values: Mapping[str, Tensor]) -> None:
+        """Add a part's sums to the totals."""
         into = totals.setdefault(part, {})
         for name, value in values.items():
             into[name] = into[name] + value if name in into else value.clone()
 
     def _begin(self, w: Work, tag: str = "") -> Batch:
-        batch = self._batch(w, tag)
+        batch = self.batch(w, tag)
+        if w.step == 1:
+            for name, slot in w.bucket.slots.items():
+                if slot.copies:
+                    w.slice.state[name].copy_(w.slice.p)
         if w.slice.leads:
             for part in w.parts:
                 part.begin(w.slice.state, self.groups[w.bucket.group], w.step)
         return batch
 
-    def _batch(self, w: Work, tag: str = "") -> Batch:
+    def batch(self, w: Work, tag: str = "") -> Batch:
         """The view of a slice that its parts work on."""
         piece, group, work = w.slice, self.groups[w.bucket.group], self.work
         piece.gather()
-        g = w.gradients
-        if group["maximize"] or any(row.dtype != piece.work for row in g.list):
-            converted = piece.scratch(f"gradient{tag}", work).copy_(g)
-            g = converted.neg_() if group["maximize"] else converted
+
+        def gradient(g: Rows, name: str) -> Rows:
+            if not group["maximize"] and all(row.dtype == piece.work for row in g.list):
+                return g
+            converted = piece.scratch(f"{name}{tag}", work).copy_(g)
+            return converted.neg_() if group["maximize"] else converted
+
+        def scratch(name: str) -> Rows:
+            w.started = True
+            return piece.scratch(f"{name}{w.tag}", work)
 
         def read() -> Rows:
-            return self._load(w, f"parameter{tag}") if piece.half else piece.p
+            return self._load(w, f"parameter{w.tag}") if piece.half else piece.p
 
+        w.tag, w.started = tag, False
         x = Batch(
-            g=g,
+            g=gradient(w.gradients, "gradient"),
             p=read,
             blocks=piece.blocks,
-            scratch=lambda name: piece.scratch(name + tag if name == "direction" else name, work),
+            scratch=scratch,
             step=float(w.step),
             first=w.step == 1,
             work=work,
             seed=group["seed"],
             seen=self.observer.seen_by(piece.blocks) if self.observer is not None else None,
+            probed=None if w.probed is None else gradient(w.probed, "probed"),
         )
         self.diagonal.show(x, w)
         return x
@@ -468,7 +527,8 @@ class Engine:
                     )
                 return
             if part.where in WRITERS and x.w is None:
-                x.w = self._open(w)
+                self._open(w, x)
+            self.unpack(w)
             part.update(x, w.slice.state, h, totals.get(part, {}))
             w.position += 1
 
@@ -477,17 +537,34 @@ class Engine:
         assert x is not None
         if x.w is not None and w.slice.half:
             self._close(w, x.w)
+        if w.unpacked:
+            w.slice.pack(w.step)
         w.slice.scatter()
         self.collect(w.slice, x)
 
-    def _open(self, w: Work) -> Rows:
+    def unpack(self, w: Work) -> None:
+        """Bring packed state into scratch, once in a step."""
+        if w.slice.codes and not w.unpacked:
+            w.slice.unpack(w.tag, self.work)
+            w.started = w.unpacked = True
+
+    def _open(self, w: Work, x: Batch) -> Rows:
         """The parameters to write: themselves, or a float32 working copy of half-precision ones."""
-        return self._load(w, "written") if w.slice.half else w.slice.p
+        x.w = self.working_copy(w) if w.slice.half else w.slice.p
+        if w.bucket.parts.before:
+            x.before = w.slice.scratch("before", self.work).copy_(x.w)
+        return x.w
+
+    def working_copy(self, w: Work) -> Rows:
+        """The parameters in the work dtype and in all the precision that there is, in scratch."""
+        return self._load(w, "written")
 
     def _load(self, w: Work, tag: str) -> Rows:
-        """Half-precision parameters in float32, with what their rounding keeps."""
-        mode = self.groups[w.bucket.group]["rounding"]
+        """Parameters in the work dtype, with what the rounding of half-precision ones keeps."""
         copy = w.slice.scratch(tag, self.work)
+        if not w.slice.half:
+            return copy.copy_(w.slice.p)
+        mode = self.groups[w.bucket.group]["rounding"]
         for row, p, extra in zip(copy.list, w.slice.p.list, self._extras(w, mode)):
             rounding.load(row, p, extra, mode)
         return copy
@@ -509,13 +586,20 @@ class Engine:
         """Some rows of a slice for slow work."""
         chosen = set(piece.chosen)
         rows = [g for (_, _, row), g in zip(w.slice.pieces, w.gradients.list) if w.slice.chosen[row] in chosen]
-        return self._batch(Work(piece, w.bucket, w.step, Rows(rows, loop=w.bucket.loop), w.parts))
+        return self.batch(Work(piece, w.bucket, w.step, Rows(rows, loop=w.bucket.loop), w.parts))
+
+    def look(self, bucket: Bucket, piece: Slice) -> tuple[Work, Batch]:
+        """A slice outside a step, for what reads no gradient and minds no step."""
+        w = Work(piece, bucket, 1, piece.p, tuple(bucket.parts))
+        w.batch = self.batch(w)
+        return w, w.batch
 
     def collect(self, piece: Slice, x: Batch) -> None:
         """Count the events of a batch."""
         for counter, each in x.ticks.items():
+            times = each.tolist() if isinstance(each, Tensor) else each
             for row, block in enumerate(piece.blocks):
-                self.count(block, counter, each if isinstance(each, int) else each[row])
+                self.count(block, counter, times if isinstance(times, int) else int(times[row]))
         x.ticks = {}
 
     def count(self, block: Block, counter: str, times: int = 1) -> None:
@@ -526,47 +610,7 @@ class Engine:
                 log.warning("%s at step %d: %s", name, self.groups[0]["steps"] + 1, LOGGED[counter])
             counts[counter] += times
 
-    # -- probes, constraints, counters --------------------------------------------------------------------
-
-    def _evaluations(self, plan: Plan) -> int:
-        return max((bucket.parts.evaluations for bucket in plan.buckets), default=1)
-
-    def _probe(
-        self, plan: Plan, gradients: list[Tensor | None], closure: Callable[[], Any] | None, evaluations: int
-    ) -> list[Tensor | None]:
-        """Take the gradient at a displaced point, and come back to the bit."""
-        if closure is None:
-            names = sorted({type(p).__name__ for b in plan.buckets for p in b.parts if p.needs.evaluations > 1})
-            raise ValueError(
-                f"{', '.join(names)} needs {evaluations} gradient evaluations a step: call step(closure) with a "
-                "closure that clears the gradients, computes the loss, calls backward and returns the loss"
-            )
-        for _ in range(evaluations - 1):
-            active = [i for i, g in enumerate(gradients) if g is not None]
-            works = self._schedule(plan, gradients, active)
-            saved = [plan.parameters[i].tensor.detach().clone() for i in active]
-            prepared: list[tuple[Work, Part]] = []
-            totals: Totals = {}
-            for number, w in enumerate(works):
-                for part in w.parts:
-                    if part.needs.evaluations > 1:
-                        w.batch = self._batch(w, tag=f".{number}")
-                        sums = part.sums(w.batch, w.slice.state, self.groups[w.bucket.group])
-                        self._add(totals, part, sums)
-                        prepared.append((w, part))
-            for w, part in prepared:
-                x = w.batch
-                assert x is not None
-                part.probe(x, w.slice.state, self.groups[w.bucket.group], totals[part])
-                w.slice.p.add_(x.u, alpha=x.factor)
-            try:
-                with torch.enable_grad():
-                    closure()
-            finally:
-                for i, value in zip(active, saved):
-                    plan.parameters[i].tensor.detach().copy_(value)
-            gradients = self._gradients(plan)
-        return gradients
+    # -- constraints, counters --------------------------------------------------------------------
 
     def _constrain(self, plan: Plan, gradients: Sequence[Tensor | None]) -> None:
         coupled = [i for i, recipe in enumerate(self.recipes) if recipe.couples]

@@ -7,23 +7,26 @@ the instance's dictionary stay in step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
+from guided_descent.engine import evaluation
 from guided_descent.engine.binding import Binder
 from guided_descent.engine.compiled import Compiled
 from guided_descent.engine.engine import Engine
+from guided_descent.engine.packing import STATE_DTYPES
 from guided_descent.engine.persistence import load, pack
 from guided_descent.engine.policies import POLICIES
 from guided_descent.engine.rounding import ROUNDINGS
 from guided_descent.engine.state import state_bytes
 from guided_descent.parts.base import Part
+from guided_descent.parts.wrapper import Wrapper
 from guided_descent.recipes.base import Recipe
-from guided_descent.routing.roles import Block
+from guided_descent.routing import Block, canonical_name
 
 #: Version of the layout of state dicts.
 FORMAT = 1
@@ -31,6 +34,7 @@ FORMAT = 1
 ENGINE_KEYS: dict[str, Any] = {
     "nonfinite": "skip",
     "rounding": "nearest",
+    "state_dtype": None,
     "maximize": False,
     "foreach": None,
     "fused": None,
@@ -49,6 +53,7 @@ class Optimizer(torch.optim.Optimizer):
         recipes: The recipe of each group.
         blocks: The blocks of every parameter, by canonical name.
         add: Parts added to every recipe.
+        carried: The wrappers of each group, whose parts are among the added ones.
         workspace_mb: Bound of the scratch memory in MiB; a single larger matrix may exceed it, and parts with global
             sums hold all their directions at once.
         seed: Seed of every random draw.
@@ -62,6 +67,7 @@ class Optimizer(torch.optim.Optimizer):
         recipes: list[Recipe],
         blocks: dict[str, tuple[Block, ...]],
         add: Iterable[Part] = (),
+        carried: Sequence[tuple[Wrapper, ...]] = (),
         workspace_mb: float = 64.0,
         seed: int = 0,
     ) -> None:
@@ -71,18 +77,22 @@ class Optimizer(torch.optim.Optimizer):
             complete(group, recipe, seed)
             check_policy(group, groups[0])
         super().__init__(groups, {})  # defaults would be written into every group, also of other recipes
-        self.defaults.update(recipes[0].values(), **ENGINE_KEYS)
+        self._carried = list(carried) or [()] * len(groups)
+        for source in (recipes[0], *self._carried[0]):
+            self.defaults.update(source.values())
+        self.defaults.update(ENGINE_KEYS)
         self._recipes.extend(recipes)
         self._typed = False
-        binder = Binder(self.param_groups, self.state, self._recipes, blocks, tuple(add), workspace_mb)
+        binder = Binder(self.param_groups, self.state, self._recipes, blocks, tuple(add), self._carried, workspace_mb)
         self._engine = Engine(binder)
         self._engine.bind()
 
-    def _extend(self, group: dict[str, Any], recipe: Recipe) -> None:
+    def _extend(self, group: dict[str, Any], recipe: Recipe, carried: tuple[Wrapper, ...] = ()) -> None:
         """Append one typed group."""
         complete(group, recipe, self.param_groups[0]["seed"])
         check_policy(group, self.param_groups[0])
-        group["steps"], group["skipped"] = self.steps, self.skipped
+        for name in ("steps", "skipped", "mode"):
+            group[name] = self.param_groups[0][name]
         defaults = dict(self.defaults)
         self.defaults.clear()
         try:
@@ -90,6 +100,7 @@ class Optimizer(torch.optim.Optimizer):
         finally:
             self.defaults.update(defaults)
         self._recipes.append(recipe)
+        self._carried.append(carried)
 
     # -- training --------------------------------------------------------------------------------------------------
 
@@ -107,6 +118,7 @@ class Optimizer(torch.optim.Optimizer):
 
         Raises:
             NonFiniteError: The policy is ``raise``, or ``skip`` has skipped 25 steps in a row.
+            RefusedError: 25 steps in a row were skipped, the last one since a part refused it.
             RuntimeError: The optimizer is in evaluation mode.
         """
         if self.param_groups[0]["mode"] != "train":
@@ -114,14 +126,61 @@ class Optimizer(torch.optim.Optimizer):
         return self._engine.step(closure)
 
     def train(self) -> None:
-        """Training mode, in which ``step`` works."""
-        for group in self.param_groups:
-            group["mode"] = "train"
+        """Training mode, in which ``step`` works: the parameters are what the last step left, to the bit."""
+        self._enter("train", evaluation.hide)
 
     def eval(self) -> None:
-        """Evaluation mode, in which ``step`` raises."""
-        for group in self.param_groups:
-            group["mode"] = "eval"
+        """Evaluation mode, in which ``step`` raises: the parameters are the averages of methods that keep one.
+
+        Those are Schedule-Free, GPA and Lookahead; with others the parameters stay. The live weights wait in the state,
+        for which it takes as much memory as the parameters; so a state dict of this mode trains on as one of the other
+        does, and the model's own state dict holds what is to be deployed. Save both in the same mode. Buffers stay, and
+        with them the running statistics of the live weights; ``guided_descent.evaluating(model, optimizer)`` does the
+        same for the time of a context and asks what to do about those.
+
+        Raises:
+            RuntimeError: Inside ``evaluating``.
+        """
+        self._enter("eval", evaluation.show)
+
+    @torch.no_grad()
+    def _enter(self, mode: str, swap: Callable[[Engine], None]) -> None:
+        if self.param_groups[0]["mode"] != mode:
+            swap(self._engine)
+            for group in self.param_groups:
+                group["mode"] = mode
+
+    @torch.no_grad()
+    def evaluation_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """The averages of methods that keep one, as ``guided_descent.evaluating`` asks for them.
+
+        Args:
+            model: The module that will hold them: the trained one, a wrapper around it, or a copy of one from which the
+                optimizer was built.
+
+        Returns:
+            Weights by canonical name, in the work dtype. Parameters that keep no average or have not been updated are
+            left out; in evaluation mode all are, since they hold them already.
+
+        Raises:
+            ValueError: The model holds none of the averaged parameters and none of their names.
+        """
+        if self.param_groups[0]["mode"] == "eval":
+            return {}
+        own = {p.index: p for p in self._engine.bind().parameters}
+        weights = evaluation.evaluation_weights(self._engine)
+        theirs = {id(tensor): canonical_name(name) for name, tensor in model.named_parameters()}
+        found = {theirs.get(id(own[i].tensor)): value for i, value in weights.items()}
+        named = {name: value for name, value in found.items() if name is not None}
+        if weights and not named:
+            names = set(theirs.values())
+            named = {own[i].name: value for i, value in weights.items() if own[i].name in names}
+            if not named:
+                raise ValueError(
+                    f"the model has no parameter of this optimizer, whose names begin with {own[min(weights)].name!r}: "
+                    "give the model that it trains, or build it from the model so that it knows the names"
+                )
+        return named
 
     def compile(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile the parts; learning rates and other numbers may change without a new graph.
@@ -146,7 +205,7 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def skipped(self) -> int:
-        """Steps skipped because of a non-finite gradient."""
+        """Steps skipped because of a non-finite gradient, or since a part refused them."""
         return int(self.param_groups[0]["skipped"])
 
     @property
@@ -280,12 +339,13 @@ class Optimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle needs: torch's part, the recipes and the engine without its plan."""
         self._engine.refresher.settle()  # first: what follows is copied in this order
-        return super().__getstate__() | {"_engine": self._engine, "_recipes": self._recipes, "_typed": False}
+        held = {"_engine": self._engine, "_recipes": self._recipes, "_carried": self._carried, "_typed": False}
+        return super().__getstate__() | held
 
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} (steps {self.steps}, skipped {self.skipped})"]
-        for index, (group, recipe) in enumerate(zip(self.param_groups, self._recipes)):
-            numbers = ", ".join(f"{name}={group[name]}" for name in recipe.numbers())
+        for index, group in enumerate(self.param_groups):
+            numbers = ", ".join(f"{name}={group[name]}" for _, name, _ in self._engine.binder.declared(index))
             lines.append(f"  {index}: {group['recipe']} for {len(group['params'])} parameters ({numbers})")
         return "\n".join(lines)
 
@@ -309,7 +369,7 @@ def complete(group: dict[str, Any], recipe: Recipe, seed: int) -> None:
     )
     for name, default in ENGINE_KEYS.items():
         group.setdefault(name, default)
-    for name, valid in (("nonfinite", POLICIES), ("rounding", ROUNDINGS)):
+    for name, valid in (("nonfinite", POLICIES), ("rounding", ROUNDINGS), ("state_dtype", STATE_DTYPES)):
         if group[name] not in valid:
             raise ValueError(f"{name}={group[name]!r} must be one of {', '.join(map(repr, valid))}")
     for name in ("maximize", "foreach", "fused"):

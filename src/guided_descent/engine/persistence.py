@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from guided_descent.engine import evaluation
 from guided_descent.engine.rounding import rounding_slots
-from guided_descent.recipes.base import Recipe
 from guided_descent.routing.names import canonical_name
 
 if TYPE_CHECKING:
@@ -75,10 +75,8 @@ def load(engine: Engine, state_dict: Mapping[str, Any]) -> None:
     pairs = _match([(p.name, p.group) for p in plan.parameters], saved)
     order = {p.group: entry.group for p, entry in zip(plan.parameters, pairs)}
     saved_groups = [saved_groups[order.get(index, index)] for index in range(len(saved_groups))]
-    updates = [
-        _group_update(group, recipe, from_, index)
-        for index, (group, recipe, from_) in enumerate(zip(engine.groups, engine.recipes, saved_groups))
-    ]
+    updates = [_group_update(engine, index, from_) for index, from_ in enumerate(saved_groups)]
+    mode = next((group["mode"] for group in saved_groups if "mode" in group), "train")
     copies: list[tuple[Tensor, Tensor]] = []
     steps: dict[int, int] = {}
     for p, entry in zip(plan.parameters, pairs):
@@ -92,6 +90,7 @@ def load(engine: Engine, state_dict: Mapping[str, Any]) -> None:
             engine.state[p.tensor] = {}
             engine.forget()
     plan = engine.bind()
+    live = evaluation.loaded(engine, plan, mode, {p.index: entry.state for p, entry in zip(plan.parameters, pairs)})
     for p, entry in zip(plan.parameters, pairs):
         if not entry.state:
             continue
@@ -99,7 +98,7 @@ def load(engine: Engine, state_dict: Mapping[str, Any]) -> None:
         steps[p.index] = int(entry.state.get("step", 0))
         optional = set(rounding_slots(engine.groups[p.group]["rounding"], p.tensor.dtype))
         for key, value in own.items():
-            if key == "step":
+            if key in ("step", evaluation.LIVE):
                 continue
             if key not in entry.state:
                 if key in optional or not steps[p.index]:
@@ -114,7 +113,8 @@ def load(engine: Engine, state_dict: Mapping[str, Any]) -> None:
                     f"{tuple(value.shape)} here: it belongs to another model or another structure of the recipe"
                 )
             copies.append((value, given))
-        unknown = [key for key in entry.state if key not in own and key not in ("comp", "master")]
+        known = {"comp", "master", *own, *([evaluation.LIVE] if p.index in live else [])}
+        unknown = [key for key in entry.state if key not in known]
         if unknown:
             raise ValueError(
                 f"the state of {p.name!r} in the state dict holds {unknown[0]!r}, which "
@@ -122,6 +122,7 @@ def load(engine: Engine, state_dict: Mapping[str, Any]) -> None:
             )
     for own_tensor, given in copies:
         own_tensor.copy_(given)
+    evaluation.keep(engine, plan, live)
     for index, count in steps.items():
         plan.counts[index] = count
         plan.steps[index] = count
@@ -193,8 +194,9 @@ def _match(own: Sequence[tuple[str, int]], saved: Sequence[Saved]) -> list[Saved
     return list(saved)
 
 
-def _group_update(group: Mapping[str, Any], recipe: Recipe, saved: Mapping[str, Any], index: int) -> dict[str, Any]:
+def _group_update(engine: Engine, index: int, saved: Mapping[str, Any]) -> dict[str, Any]:
     """What a saved group sets in ours, after checking that they are of one kind."""
+    group, recipe = engine.groups[index], engine.recipes[index]
     theirs = saved.get("recipe", recipe.label)
     if theirs != recipe.label:
         raise ValueError(
@@ -208,7 +210,7 @@ def _group_update(group: Mapping[str, Any], recipe: Recipe, saved: Mapping[str, 
             UserWarning,
             stacklevel=4,
         )
-    numbers = recipe.numbers()
+    numbers = {name: item for _, name, item in engine.binder.declared(index)}
     missing = sorted(key for key in (*numbers, "nonfinite", "rounding", "peak_lr", "mode") if key not in saved)
     if missing and "recipe" in saved:
         warnings.warn(
@@ -237,8 +239,15 @@ def _group_update(group: Mapping[str, Any], recipe: Recipe, saved: Mapping[str, 
             f"rounding of param group {index} was {saved['rounding']!r} when the state was saved and is "
             f"{group['rounding']!r} here; build with the saved value"
         )
+    packed = saved.get("state_dtype", None if "recipe" in saved else group["state_dtype"])
+    if packed != group["state_dtype"]:
+        raise ValueError(
+            f"state_dtype of param group {index} was {packed!r} when the state was saved and is "
+            f"{group['state_dtype']!r} here; build with the saved value"
+        )
     update = {key: value for key, value in saved.items() if key not in _BUILT}
-    recipe.check({key: value for key, value in update.items() if key in numbers})
+    for source in engine.binder.sources(index):
+        source.check(update)
     for key, value in update.items():
         if isinstance(group.get(key), tuple) and isinstance(value, list):
             update[key] = tuple(value)

@@ -1,4 +1,4 @@
-"""What happens on non-finite gradients: skip the step, raise, or ignore."""
+"""What happens on gradients that are not finite, or that a part refuses: the step is skipped, raises, or goes on."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ _CHUNK = 262_144
 
 class NonFiniteError(RuntimeError):
     """A gradient holds NaN or infinity and the policy does not let it pass."""
+
+
+class RefusedError(RuntimeError):
+    """A part has refused so many steps in a row that training stands still."""
 
 
 def all_finite(gradients: Sequence[Tensor], work: Workspace) -> bool:

@@ -16,6 +16,7 @@ from guided_descent.linalg.eigen import (
 )
 from guided_descent.linalg.minimax import Schedule, cheapest, schedule
 from guided_descent.linalg.norms import power_iteration, spectral_norm_bound
+from guided_descent.linalg.orthonormal import orthonormal
 from guided_descent.linalg.polar import METHODS, NAMES, polar
 from guided_descent.linalg.roots import Root, inverse_root
 from guided_descent.linalg.workspace import Workspace
@@ -39,6 +40,7 @@ __all__ = [
     "inverse_root",
     "matching",
     "off_diagonal",
+    "orthonormal",
     "polar",
     "power_iteration",
     "refresh_basis",

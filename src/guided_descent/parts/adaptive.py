@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -32,7 +32,7 @@ class SquareSum(Part):
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The sum of squares."""
-        return {"sum": Slot(fill=self.start, basis="square")}
+        return {"sum": Slot(fill=self.start, basis="square", packs="unsigned")}
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Add the squares and divide."""
@@ -68,8 +68,10 @@ class SquareAverage(Part):
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The averages of squares and, for the variance, of gradients."""
-        slots = {"square_avg": Slot(fill=self.start, basis="square")}
-        return slots | {"grad_avg": Slot(basis="vector")} if self.centered else slots
+        square = Slot(fill=self.start, basis="square", packs="unsigned")
+        if not self.centered:
+            return {"square_avg": square}
+        return {"square_avg": replace(square, packs=""), "grad_avg": Slot(basis="vector")}  # a difference of both
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Advance the averages and divide."""
@@ -109,7 +111,7 @@ class RootRatio(Part):
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The averages of squares, of gradients and of directions."""
-        return {"square_avg": Slot(basis="square"), "acc_delta": Slot(basis="square")}
+        return dict.fromkeys(("square_avg", "acc_delta"), Slot(basis="square", packs="unsigned"))
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Divide by one root, multiply by the other."""
@@ -144,7 +146,7 @@ class MaximumMoments(Part):
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The first moment and the maximum, which no rotation carries along."""
-        return {"exp_avg": Slot(basis="vector"), "exp_inf": Slot()}
+        return {"exp_avg": Slot(basis="vector", packs="signed"), "exp_inf": Slot(packs="unsigned")}
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Advance both and divide."""
@@ -209,6 +211,39 @@ class RectifiedMoments(Moments):
 
 
 @dataclass(frozen=True)
+class SecondMoment(Moments):
+    """The direction over the root of its second moment, bias-corrected: Adam's without a first moment.
+
+    ``v <- b2 v + (1 - b2) u^2``, ``u <- u / (sqrt(v / bc2) + eps)``; with ``late`` only where ``rho_t > 4``, see
+    ``rectification``, and ``u`` stays before. State: ``exp_avg_sq``, shaped like the parameter.
+    """
+
+    late: bool = False
+    bound: ClassVar[float] = 4.0
+
+    def slots(self, block: Block) -> dict[str, Slot]:
+        """The second moment."""
+        return {"exp_avg_sq": Slot(basis="square")}
+
+    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """Advance the moment and divide."""
+        g, beta2 = x.read(), h[self.betas][1]
+        second = self.advance(x, g, s, h)
+        rho = rectification(x.step, beta2)[0] if self.late else torch.inf
+        if not isinstance(rho, Tensor) and rho <= self.bound:
+            return
+        root = x.beside().copy_(second).sqrt_().div_((1 - beta2**x.step) ** 0.5).add_(h[self.eps] * x.eps_scale)
+        if isinstance(rho, Tensor):  # one graph for every step
+            enough = rho > self.bound
+            root.apply_(lambda row: row.copy_(torch.where(enough, row, torch.ones_like(row))))
+        x.lend(root.rdiv_(g))
+
+    def flops(self, block: Block) -> float:
+        """About 8 per element."""
+        return 8.0 * block.numel
+
+
+@dataclass(frozen=True)
 class BeliefMoments(Moments):
     """AdaBelief's direction: Adam's, with the distance of the gradient from its average in the place of the gradient.
 
@@ -236,7 +271,8 @@ class YogiMoments(Moments):
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """Both moments."""
-        return {"exp_avg": Slot(basis="vector"), "exp_avg_sq": Slot(fill=self.start, basis="square")}
+        second = Slot(fill=self.start, basis="square", packs="unsigned")
+        return {"exp_avg": Slot(basis="vector", packs="signed"), "exp_avg_sq": second}
 
     def advance(self, x: Batch, g: Rows, s: State, h: Hyper) -> Rows:
         """Move towards the square, by a share of the square."""

@@ -37,13 +37,15 @@ ORDER = (
     "decay_before",
     "step",
     "decay_after",
+    "average",
 )
 #: Slots whose parts write the parameter, through ``x.w``.
-WRITERS = frozenset({"decay_before", "step", "decay_after"})
+WRITERS = frozenset({"decay_before", "step", "decay_after", "average"})
 
 Unit: TypeAlias = Literal["element", "block", "matrix"]
 Hyper: TypeAlias = Mapping[str, Any]  # one group's numbers, by key
 State: TypeAlias = dict[str, Any]  # slot name -> Rows (parameter-shaped), stacked Tensor (factor) or 0-d Tensor (group)
+Count: TypeAlias = int | Sequence[int] | Tensor  # how often something happened to every block, or to each [B]
 Found: TypeAlias = Mapping[str, Tensor]  # results of slow work, by name, each [B, ...]
 Self = TypeVar("Self", bound="Part")
 
@@ -58,28 +60,38 @@ class Slot:
         shape: Shape of a factor or group tensor; ignored for ``param``.
         dtype: Storage dtype; ``None`` is the work dtype (float32, or float64 for float64 parameters).
         fill: Initial value of every element.
+        copies: Whether a ``param`` slot holds, when its parameter's first update begins, a copy of the parameter.
         basis: How a geometry that changes its basis carries the slot along: a ``vector`` is rotated, a ``square`` of
             coordinates follows by permutation, ``none`` stays.
+        packs: How a ``param`` slot may be held in 8 bits, with errors of some percent of each element: ``signed``, or
+            ``unsigned`` where it is never negative. The default keeps it whole: say, what differences are taken of.
     """
 
     layout: Literal["param", "factor", "group"] = "param"
     shape: tuple[int, ...] = ()
     dtype: torch.dtype | None = None
     fill: float = 0.0
+    copies: bool = False
     basis: Literal["none", "vector", "square"] = "none"
+    packs: Literal["", "signed", "unsigned"] = ""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a part asks of the training loop.
+    """What a part asks of the training loop and of the engine.
 
     Attributes:
         evaluations: Gradient evaluations in one step; more than 1 needs ``step(closure)`` with a re-callable closure.
+        apart: Whether the gradient of the last evaluation is handed over beside the first one, as ``x.probed``; else
+            it takes its place.
         layer_io: Whether it reads the inputs and output gradients of layers; see ``Part.observe``.
+        before: Whether it reads ``x.before``, the parameters as they were before this update.
     """
 
     evaluations: int = 1
+    apart: bool = False
     layer_io: bool = False
+    before: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,7 +138,9 @@ class Batch:
 
     Attributes:
         g: Gradients, read only.
+        probed: Gradients at the point of the probe, read only, for parts with ``needs.apart``.
         w: Parameters in the work dtype, writable; only there for parts in the slots that write parameters.
+        before: Scratch with the parameters as they were when ``w`` was opened, for parts with ``needs.before``.
         blocks: The blocks, one for each matrix of the stack, or one for each row where the batch is a list.
         shape: Shape of one block where the batch is stacked.
         step: Number of this update of these rows, from 1; a 0-d tensor in compiled mode.
@@ -156,10 +170,13 @@ class Batch:
         work: Workspace,
         seed: int = 0,
         seen: Mapping[str, Tensor] | None = None,
+        probed: Rows | None = None,
     ) -> None:
         block = blocks[0]
         self.g = g
+        self.probed = probed
         self.w: Rows | None = None
+        self.before: Rows | None = None
         self._read = p
         self.blocks = blocks
         self.shape = block.shape
@@ -175,7 +192,7 @@ class Batch:
         self.curvature: Rows | None = None
         self.labels = 0
         self.held = False
-        self.ticks: dict[str, int | Sequence[int]] = {}
+        self.ticks: dict[str, Count] = {}
         self._seed = seed
         self._make = scratch
         self._scratch: Rows | None = None
@@ -252,6 +269,10 @@ class Batch:
         """More scratch of the direction's shape, contents undefined."""
         return self._make(tag)
 
+    def beside(self) -> Rows:
+        """Scratch that does not hold the direction, contents undefined: the direction's own while it is lent."""
+        return self.spare("beside") if self._u is self._scratch else self._direction()
+
     def lend(self, rows: Rows) -> None:
         """Let the direction be these rows without copying them; nobody will write into them."""
         self._u, self._over = rows, None
@@ -266,13 +287,20 @@ class Batch:
         self.held = True
 
     def by_row(self, values: Tensor) -> Scalar:
-        """A factor-shaped scalar ``[B]`` as the argument of a ``Rows`` method: one number where all rows agree."""
+        """A scalar for each row as the argument of a ``Rows`` method: one number where all rows agree."""
         if isinstance(self.step, Tensor):  # compiled: no look at the values
             return values
         numbers: list[float] = values.tolist()
         return numbers[0] if len(set(numbers)) == 1 else numbers
 
-    def tick(self, counter: str, each: Sequence[int] | int = 1) -> None:
+    def by_block(self, values: Tensor) -> Scalar:
+        """The same for a scalar of each block ``[B]``, which all its rows share."""
+        pieces = [len(block.pieces) for block in self.blocks]
+        if any(count > 1 for count in pieces):
+            values = values.repeat_interleave(torch.tensor(pieces, device=values.device))
+        return self.by_row(values)
+
+    def tick(self, counter: str, each: Count = 1) -> None:
         """Count an event (an orthogonalisation, a refresh, a fallback) for every block, or by block."""
         self.ticks[counter] = each
 
@@ -381,6 +409,22 @@ class Part:
     def probe(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Write the displacement at which the next gradient is taken; for parts with ``needs.evaluations > 1``."""
 
+    def evaluate(self, x: Batch, s: State, h: Hyper) -> None:
+        """Turn the parameters ``x.w`` into the weights to evaluate; for parts that keep an average."""
+
+    # -- whether to step at all --------------------------------------------------------------------------------------
+
+    def gauge(self, x: Batch, h: Hyper) -> dict[str, Tensor]:
+        """Scalars of the raw gradients, added as in ``sums``, from which ``refuses`` judges before anything changes."""
+        return {}
+
+    def refuses(self, total: Mapping[str, Tensor], shared: State, h: Hyper) -> str:
+        """Why this step is to be left out, or nothing; it changes nothing itself.
+
+        A refused step is a skipped one. Where no part refuses, ``combine`` gets the total to remember.
+        """
+        return ""
+
     # -- what the passes tell ----------------------------------------------------------------------------------------
 
     @property
@@ -469,6 +513,11 @@ class Part:
         return 0
 
     @property
+    def gauges(self) -> bool:
+        """Whether it may refuse a step."""
+        return type(self).gauge is not Part.gauge
+
+    @property
     def has_sums(self) -> bool:
         """Whether it asks for global sums."""
         return type(self).sums is not Part.sums
@@ -495,6 +544,17 @@ class Parts:
         self.joint = tuple(part for part in self._parts if part.joint)
         self.layer_io = any(part.needs.layer_io for part in self._parts)
         self.evaluations = max((part.needs.evaluations for part in self._parts), default=1)
+        self.before = any(part.needs.before for part in self._parts)
+        self.probing = self._only("take gradients at points of their own", lambda part: part.needs.evaluations > 1)
+        self.average = self._only("keep averages to evaluate", lambda part: type(part).evaluate is not Part.evaluate)
+
+    def _only(self, what: str, is_one: Callable[[Part], bool]) -> Part | None:
+        """The part of a kind of which there may be one."""
+        found = [part for part in self._parts if is_one(part)]
+        if len(found) > 1:
+            names = " and ".join(type(part).__name__ for part in found)
+            raise ValueError(f"{names} {what}, and a parameter can have one of them: leave the others out")
+        return found[0] if found else None
 
     def __iter__(self) -> Iterator[Part]:
         return iter(self._parts)

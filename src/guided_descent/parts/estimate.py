@@ -34,7 +34,7 @@ class Momentum(Part):
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The momentum buffer."""
-        return {"momentum_buffer": Slot(basis="vector")}
+        return {"momentum_buffer": Slot(basis="vector", packs="signed")}
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Advance the buffer and make it, or the look-ahead, the direction."""
@@ -72,7 +72,7 @@ class Velocity(Part):
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The velocity."""
-        return {"momentum_buffer": Slot(basis="vector")}
+        return {"momentum_buffer": Slot(basis="vector", packs="signed")}
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Advance the velocity and make it the direction."""
@@ -86,14 +86,17 @@ class Velocity(Part):
 
 @dataclass(frozen=True)
 class Ema(Part):
-    """Exponential moving average of the direction, without bias correction.
+    """Exponential moving average of the direction, from 0.
 
-    ``m <- beta m + (1 - beta) u``, then ``u <- m``, or ``u <- (1 - beta) u + beta m`` with Nesterov.
-    State: ``momentum_buffer``, shaped like the parameter.
+    ``m <- beta m + (1 - beta) u``, then ``u <- m``, or ``u <- (1 - beta) u + beta m`` with Nesterov. With ``corrected``
+    the weights of all gradients in the direction add up to 1: it is divided by ``1 - beta^t``, or ``1 - beta^(t + 1)``
+    with Nesterov. State: ``momentum_buffer``, or what ``name`` says, shaped like the parameter.
     """
 
     beta: str = "momentum"
     nesterov: bool = False
+    corrected: bool = False
+    name: str = "momentum_buffer"
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -102,16 +105,18 @@ class Ema(Part):
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The average."""
-        return {"momentum_buffer": Slot(basis="vector")}
+        return {self.name: Slot(basis="vector", packs="signed")}
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Advance the average and make it, or the look-ahead, the direction."""
-        beta, average = h[self.beta], s["momentum_buffer"]
+        beta, average = h[self.beta], s[self.name]
         average.lerp_(x.read(), 1 - beta)
         if self.nesterov:
             x.own().lerp_(average, beta)
         else:
             x.lend(average)
+        if self.corrected:
+            x.scale(1 / (1 - beta ** (x.step + self.nesterov)))
 
     def flops(self, block: Block) -> float:
         """About 3 per element, 6 with Nesterov."""
@@ -135,7 +140,7 @@ class LionMomentum(Part):
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The momentum."""
-        return {"exp_avg": Slot(basis="vector")}
+        return {"exp_avg": Slot(basis="vector", packs="signed")}
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Mix with the old momentum, then advance it."""
@@ -169,7 +174,7 @@ class Moments(Part):
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """First and second moment."""
-        return {"exp_avg": Slot(basis="vector"), "exp_avg_sq": Slot(basis="square")}
+        return {"exp_avg": Slot(basis="vector", packs="signed"), "exp_avg_sq": Slot(basis="square", packs="unsigned")}
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Advance both moments and divide."""
@@ -211,7 +216,7 @@ class AdamMoments(Moments):
     def slots(self, block: Block) -> dict[str, Slot]:
         """Both moments, and the maximum."""
         slots = super().slots(block)
-        return slots | {"max_exp_avg_sq": Slot(basis="square")} if self.amsgrad else slots
+        return slots | {"max_exp_avg_sq": Slot(basis="square", packs="unsigned")} if self.amsgrad else slots
 
     def advance(self, x: Batch, g: Rows, s: State, h: Hyper) -> Rows:
         """Advance the second moment, and its maximum."""
@@ -251,8 +256,8 @@ class NadamMoments(Part):
     def slots(self, block: Block) -> dict[str, Slot]:
         """Both moments and the product of the momenta."""
         return {
-            "exp_avg": Slot(basis="vector"),
-            "exp_avg_sq": Slot(basis="square"),
+            "exp_avg": Slot(basis="vector", packs="signed"),
+            "exp_avg_sq": Slot(basis="square", packs="unsigned"),
             "mu_product": Slot("factor", (), torch.float64, fill=1.0),
         }
 

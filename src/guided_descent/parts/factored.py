@@ -173,7 +173,7 @@ class CameRoot(FactoredRoot):
 
 
 @dataclass(frozen=True)
-class ClipUpdate(Part):
+class BoundUpdate(Part):
     """Bound the root mean square of each tensor's direction: ``u <- u / max(1, RMS(u) / d)``; d ``None`` bounds none.
 
     Where ``floor`` names a pair, the direction is then given its parameter's size, ``u <- max(pair[1], RMS(p)) u``.

@@ -98,7 +98,7 @@ class NormMoments(Part):
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The momentum, and the averaged square of the norm."""
-        return {"exp_avg": Slot(), "norm_sq": Slot("factor", ())}
+        return {"exp_avg": Slot(packs="signed"), "norm_sq": Slot("factor", ())}
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Advance the norm, divide, decay, accumulate."""

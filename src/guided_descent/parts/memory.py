@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, Unit
+from guided_descent.parts.base import Batch, Hyper, Needs, Part, Slot, State, Unit
 from guided_descent.parts.decay import Decoupled
 from guided_descent.parts.rows import Number, Rows
 from guided_descent.parts.step import writable
@@ -38,7 +38,7 @@ class AdoptMoments(Part):
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """First and second moment."""
-        return {"exp_avg": Slot(), "exp_avg_sq": Slot()}
+        return {"exp_avg": Slot(packs="signed"), "exp_avg_sq": Slot(packs="unsigned")}
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Normalise by the old moment, average, then advance the moment."""
@@ -110,8 +110,8 @@ class TwoMomenta(Part):
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """Both momenta and the second moment."""
-        vector = Slot(basis="vector")
-        return {"exp_avg": vector, "exp_avg_slow": vector, "exp_avg_sq": Slot(basis="square")}
+        vector = Slot(basis="vector", packs="signed")
+        return {"exp_avg": vector, "exp_avg_slow": vector, "exp_avg_sq": Slot(basis="square", packs="unsigned")}
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Advance the three averages, mix, divide."""
@@ -163,7 +163,8 @@ class AdanMoments(Part):
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """Three moments and the last gradient."""
-        return {"exp_avg": Slot(), "exp_avg_diff": Slot(), "exp_avg_sq": Slot(), "previous_grad": Slot()}
+        signed, square = Slot(packs="signed"), Slot(packs="unsigned")
+        return {"exp_avg": signed, "exp_avg_diff": signed, "exp_avg_sq": square, "previous_grad": Slot()}
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Advance the moments, mix, divide."""
@@ -208,6 +209,10 @@ class CorrectedGradient(Part):
     betas: str = "betas"
     gamma: str = "gamma"
 
+    def change(self, x: Batch, s: State) -> Rows:
+        """The difference of gradients, in scratch."""
+        return difference(x, s)
+
     @property
     def keys(self) -> tuple[str, ...]:
         """Group keys it reads."""
@@ -220,10 +225,57 @@ class CorrectedGradient(Part):
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Correct and clip."""
         beta1 = h[self.betas][0]
-        change = difference(x, s)
+        change = self.change(x, s)
         u = x.take().add_(change, alpha=h[self.gamma] * beta1 / (1 - beta1))
         u.mul_(x.by_row(1 / u.norms().clamp(min=1.0)))
 
     def flops(self, block: Block) -> float:
         """About 6 per element."""
         return 6.0 * block.numel
+
+
+@dataclass(frozen=True)
+class PreviousPoint(Part):
+    """One more gradient of each batch, at the parameters of the update before; at the first update at these.
+
+    ``x.probed`` holds it. State: ``previous_param``, in the work dtype.
+    """
+
+    slot: ClassVar[str] = "clip"
+    needs: ClassVar[Needs] = Needs(evaluations=2, apart=True)
+
+    def slots(self, block: Block) -> dict[str, Slot]:
+        """The last parameters."""
+        return {"previous_param": Slot()}
+
+    def probe(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """The way back."""
+        if x.first:
+            x.fresh().zero_()
+        else:
+            x.fresh().copy_(s["previous_param"]).add_(x.p, alpha=-1.0)
+
+    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """Remember these parameters."""
+        s["previous_param"].copy_(x.p)
+
+
+@dataclass(frozen=True)
+class ExactCorrection(PreviousPoint, CorrectedGradient):
+    """The same as ``CorrectedGradient``, ``u_before`` being the gradient of this batch at the last parameters.
+
+    See ``PreviousPoint``.
+    """
+
+    unit: ClassVar[Unit] = "block"
+
+    def change(self, x: Batch, s: State) -> Rows:
+        """What the way from the last parameters has changed."""
+        assert x.probed is not None
+        change = x.spare("difference")
+        return change.zero_() if x.first else change.copy_(x.g).add_(x.probed, alpha=-1.0)
+
+    def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
+        """Remember these parameters, correct and clip."""
+        PreviousPoint.update(self, x, s, h, total)
+        CorrectedGradient.update(self, x, s, h, total)

@@ -16,7 +16,7 @@ from guided_descent.routing.roles import Block
 def writable(x: Batch) -> Rows:
     """The parameters that a part in a writing slot may change; an error anywhere else."""
     if x.w is None:
-        raise RuntimeError("parameters can be written only in the slots decay_before, step and decay_after")
+        raise RuntimeError("parameters can be written only in the slots decay_before, step, decay_after and average")
     return x.w
 
 

@@ -2,8 +2,10 @@
 
 from guided_descent.recipes.adam import AdaBelief, Adam, AdamAtan2, AdamW, AMSGrad, Grams, LaProp, NAdam, NAdamW, Yogi
 from guided_descent.recipes.adaptive import Adadelta, Adagrad, Adamax, RAdam, RMSprop
+from guided_descent.recipes.averaging import GPAAdamW, ScheduleFreeAdamW, ScheduleFreeRAdam, ScheduleFreeSGD
 from guided_descent.recipes.base import REGISTRY, Constraint, Info, Recipe, hyper, lookup, recipe, static
 from guided_descent.recipes.diagonal import AdaHessian, SophiaG, SophiaH
+from guided_descent.recipes.dion import Dion, Dion2
 from guided_descent.recipes.distance import DAdaptAdam, DAdaptSGD, DoG, DoWG, LDoG, Prodigy
 from guided_descent.recipes.factored import CAME, SM3, Adafactor, AdamMini
 from guided_descent.recipes.kfac import EKFAC, FOOF, KFAC
@@ -60,10 +62,13 @@ __all__ = [
     "Constraint",
     "DAdaptAdam",
     "DAdaptSGD",
+    "Dion",
+    "Dion2",
     "DoG",
     "DoWG",
     "ECShampoo",
     "Fira",
+    "GPAAdamW",
     "GaLore",
     "Grams",
     "Hyperball",
@@ -93,6 +98,9 @@ __all__ = [
     "RMSprop",
     "Recipe",
     "SPlus",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeRAdam",
+    "ScheduleFreeSGD",
     "Scion",
     "Shampoo",
     "SignSGD",

@@ -8,65 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
 from guided_descent.parts.base import Parts
 from guided_descent.parts.decay import ALL_DECAYS, DECAYS
+from guided_descent.parts.numbers import Info as Info
+from guided_descent.parts.numbers import Numbers, registering
+from guided_descent.parts.numbers import hyper as hyper
+from guided_descent.parts.numbers import static as static
+from guided_descent.parts.wrapper import WRAPPERS
 from guided_descent.routing.roles import Block
 
 R = TypeVar("R", bound="Recipe")
-
-
-def hyper(
-    default: Any,
-    *,
-    gt: float | None = None,
-    ge: float | None = None,
-    lt: float | None = None,
-    le: float | None = None,
-    optional: bool = False,
-    structural: bool = False,
-    help: str = "",
-) -> Any:
-    """A number that lives in the param group: default and range. Tuples are checked element by element.
-
-    Args:
-        default: Value if none is given.
-        gt: Lower bound, excluded.
-        ge: Lower bound, included.
-        lt: Upper bound, excluded.
-        le: Upper bound, included.
-        optional: Whether ``None`` is a value.
-        structural: Whether zero means that a part is absent, so that it may not become nonzero later, or the reverse.
-        help: One line for ``describe``.
-    """
-    bounds = {"gt": gt, "ge": ge, "lt": lt, "le": le}
-    meta = {
-        "kind": "hyper",
-        "bounds": {k: v for k, v in bounds.items() if v is not None},
-        "optional": optional,
-        "structural": structural,
-        "help": help,
-    }
-    return field(default=default, metadata=meta)
-
-
-def static(default: Any, *, of: Iterable[Any] | None = None, was: Any = None, help: str = "") -> Any:
-    """A choice of structure, recorded in the param group; changing it later raises.
-
-    Args:
-        default: Value if none is given.
-        of: The valid values; any value of the default's type if left out.
-        was: What state dicts mean that were saved before there was a choice, if not ``default``.
-        help: One line for ``describe``.
-    """
-    choices = None if of is None else tuple(of)
-    return field(default=default, metadata={"kind": "static", "of": choices, "was": was, "help": help})
 
 
 def schedule() -> Any:
@@ -99,48 +56,15 @@ def lag() -> Any:
     return static(0, help="0, or the steps after which refreshes started on a background thread are used")
 
 
-@dataclass(frozen=True)
-class Info:
-    """What the registry knows of a recipe.
-
-    Attributes:
-        key: The name users type.
-        cls: The recipe class.
-        paper: Authors, year and arXiv id.
-        family: A heading for lists.
-        summary: One line.
-        use: What it is good for.
-        avoid: When another one is better.
-        start: Values to start from, where they are not the defaults; empty where they are.
-    """
-
-    key: str
-    cls: type[Recipe]
-    paper: str
-    family: str
-    summary: str
-    use: str = ""
-    avoid: str = ""
-    start: str = ""
-
-
-REGISTRY: dict[str, Info] = {}
+#: The recipes, by key.
+REGISTRY: dict[str, Info[Recipe]] = {}
 
 
 def recipe(
     key: str, *, paper: str, family: str, use: str = "", avoid: str = "", start: str = ""
 ) -> Callable[[type[R]], type[R]]:
     """Register a recipe class under its key; see ``Info``."""
-
-    def register(cls: type[R]) -> type[R]:
-        if key in REGISTRY:
-            raise ValueError(f"recipe {key!r} is registered twice, by {REGISTRY[key].cls.__name__} and {cls.__name__}")
-        cls.key = key
-        summary = (cls.__doc__ or "").strip().split("\n")[0]
-        REGISTRY[key] = Info(key, cls, paper, family, summary, use, avoid, start)
-        return cls
-
-    return register
+    return registering(REGISTRY, key, paper, family, use, avoid, start)
 
 
 def lookup(name: str) -> type[Recipe]:
@@ -153,6 +77,9 @@ def lookup(name: str) -> type[Recipe]:
         >>> lookup("adamw").__name__
         'AdamW'
     """
+    if name in WRAPPERS:
+        made = f"guided_descent.parts.{WRAPPERS[name].cls.__name__}()"
+        raise ValueError(f"{name!r} is a wrapper, for any optimizer: give it to one with add=[{made}]")
     if name not in REGISTRY:
         near = difflib.get_close_matches(name.lower(), REGISTRY, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -161,7 +88,7 @@ def lookup(name: str) -> type[Recipe]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Numbers):
     """A point in the space of optimizers. Subclasses declare fields, ``parts`` and, for hybrids, ``route``.
 
     Class attributes: ``key`` (set by the registry), ``revision`` (bumped when the mathematics changes, compared on
@@ -172,7 +99,6 @@ class Recipe:
     is made for, see ``scaling``).
     """
 
-    key: ClassVar[str] = ""
     revision: ClassVar[int] = 1
     matrix: ClassVar[bool] = False
     reads_layers: ClassVar[bool] = False
@@ -205,11 +131,6 @@ class Recipe:
         """The auxiliary recipe."""
         return getattr(self, "aux", None) or self.default_aux()
 
-    @property
-    def label(self) -> str:
-        """Its key, or its class name where it is not registered."""
-        return self.key or type(self).__name__
-
     def route(self, block: Block) -> Recipe:
         """The recipe that takes this block: itself, or an auxiliary one."""
         return self
@@ -231,15 +152,6 @@ class Recipe:
         """Whether it has constraints."""
         return type(self).constraints is not Recipe.constraints
 
-    @classmethod
-    def numbers(cls) -> dict[str, dataclasses.Field[Any]]:
-        """The ``hyper`` and ``static`` fields, by name."""
-        return {item.name: item for item in dataclasses.fields(cls) if item.metadata}
-
-    def values(self) -> dict[str, Any]:
-        """The group keys and their values."""
-        return {name: getattr(self, name) for name in self.numbers()}
-
     def replace(self: R, **changes: Any) -> R:
         """A copy with changes.
 
@@ -254,27 +166,6 @@ class Recipe:
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise TypeError(f"{self.label} has no hyperparameter {name!r}{hint} (valid: {', '.join(valid)})")
         return dataclasses.replace(self, **changes)
-
-    @classmethod
-    def check(cls, values: Mapping[str, Any]) -> None:
-        """Compare values with the declared ranges and choices.
-
-        Raises:
-            ValueError: A value breaks its rule; the message says both.
-            TypeError: A value has the wrong type.
-        """
-        for name, item in cls.numbers().items():
-            if name not in values:
-                continue
-            value, meta = values[name], item.metadata
-            label = f"{name}={value!r} of {cls.key or cls.__name__}"
-            if meta["kind"] == "static":
-                _check_choice(label, value, meta["of"], item.default)
-            elif value is None:
-                if not meta["optional"]:
-                    raise ValueError(f"{label} must be a number")
-            else:
-                _check_range(label, value, meta["bounds"], item.default)
 
 
 @dataclass(frozen=True)
@@ -295,40 +186,3 @@ class Constraint:
     note: str = ""
     module: str = ""
     optional: tuple[str, ...] = ()
-
-
-def _check_choice(label: str, value: Any, of: tuple[Any, ...] | None, default: Any) -> None:
-    if of is not None and value not in of:
-        raise ValueError(f"{label} must be one of {', '.join(map(repr, of))}")
-    whole = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)  # 1 for 1.0
-    if of is None and default is not None and value is not None and not (whole or isinstance(value, type(default))):
-        raise TypeError(f"{label} must be of type {type(default).__name__}")
-
-
-def _check_range(label: str, value: Any, bounds: Mapping[str, float], default: Any) -> None:
-    if isinstance(default, tuple):
-        if not isinstance(value, tuple | list) or len(value) != len(default):
-            raise ValueError(f"{label} must be {len(default)} numbers")
-        for element in value:
-            _check_range(label, element, bounds, default[0])
-        return
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(
-                f"{label} must be a number or a tensor with one element, not of shape {tuple(value.shape)}"
-            )
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, float | int):
-        raise TypeError(f"{label} must be a number, got {type(value).__name__}")
-    if math.isnan(value):
-        raise ValueError(f"{label} must not be nan")
-    rules = {
-        "gt": (value > bounds.get("gt", 0), ">"),
-        "ge": (value >= bounds.get("ge", 0), ">="),
-        "lt": (value < bounds.get("lt", 0), "<"),
-        "le": (value <= bounds.get("le", 0), "<="),
-    }
-    for name, bound in bounds.items():
-        holds, sign = rules[name]
-        if not holds:
-            raise ValueError(f"{label} must be {sign} {bound}")

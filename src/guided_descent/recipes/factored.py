@@ -8,9 +8,9 @@ from guided_descent.parts import (
     DECAYS,
     AdafactorRoot,
     AdamMoments,
+    BoundUpdate,
     CameRoot,
     CellMoments,
-    ClipUpdate,
     Confidence,
     CoverMaxima,
     Descend,
@@ -85,7 +85,7 @@ class Adafactor(Factoring):
         extra += [Ema("beta1").at("momentum")] if self.beta1 else []
         return Parts(
             AdafactorRoot(least=self.min_dim_size_to_factor, last=self.last),
-            ClipUpdate(floor="eps" if self.scale_parameter else ""),
+            BoundUpdate(floor="eps" if self.scale_parameter else ""),
             *extra,
             DECAYS[self.decay],
             Descend(),
@@ -125,7 +125,7 @@ class CAME(Factoring):
         least, last = self.min_dim_size_to_factor, self.last
         return Parts(
             CameRoot(least=least, last=last),
-            ClipUpdate(limit="clip_threshold"),
+            BoundUpdate(limit="clip_threshold"),
             Confidence(least=least, last=last),
             DECAYS[self.decay],
             Descend(),

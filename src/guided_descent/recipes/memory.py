@@ -12,12 +12,14 @@ from guided_descent.parts import (
     AdoptMoments,
     CorrectedGradient,
     Descend,
+    ExactCorrection,
     Part,
     Parts,
+    PreviousPoint,
     ProximalDecay,
     TwoMomenta,
 )
-from guided_descent.recipes.base import Recipe, decay_kind, hyper, recipe
+from guided_descent.recipes.base import Recipe, decay_kind, hyper, recipe, static
 from guided_descent.routing.roles import Block
 
 
@@ -123,7 +125,8 @@ class MARS(Recipe):
     """AdamW on gradients with less variance, by the change since the last step.
 
     ``c = g + gamma b1 / (1 - b1) (g - g_before)``, of norm at most 1 in each tensor; then AdamW with ``c``. Vectors and
-    scalars take AdamW with the gradient itself. The last gradient is that of the last batch, the approximate form.
+    scalars take AdamW with the gradient itself. ``g_before`` is the last step's gradient, of the last batch; with
+    ``exact`` it is that of this batch at the last parameters, for which a step evaluates twice and takes a closure.
     """
 
     lr: float = hyper(3e-3, ge=0, help="learning rate")
@@ -131,9 +134,12 @@ class MARS(Recipe):
     eps: float = hyper(1e-8, ge=0, help="added to the root of the second moment")
     weight_decay: float = hyper(0.0, ge=0, help="decay; lr * weight_decay is taken off in a step")
     gamma: float = hyper(0.025, ge=0, help="share of the correction")
+    exact: bool = static(False, help="differences on one batch, by a second evaluation in each step")
     decay: str = decay_kind()
 
     def parts(self, block: Block) -> Parts:
         """Correction, moments, decay, step."""
-        correction = (CorrectedGradient(),) if len(block.shape) > 1 else ()
+        correction: tuple[Part, ...] = (ExactCorrection(),) if self.exact else (CorrectedGradient(),)
+        if len(block.shape) <= 1:
+            correction = (PreviousPoint(),) if self.exact else ()
         return Parts(*correction, AdamMoments(), DECAYS[self.decay], Descend())

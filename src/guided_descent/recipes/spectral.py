@@ -25,20 +25,14 @@ ADAM_SIZED = ("match_rms", "match_rms_adamw")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spectral(Recipe):
-    """What the recipes of this file share: the numbers of the polar factor, and AdamW for what is no matrix."""
+class Matrices(Recipe):
+    """What recipes for matrices share: the first numbers, and AdamW for what is no matrix."""
 
     matrix = True
 
     lr: float = hyper(1e-3, ge=0, help="learning rate; as AdamW's, since steps have its size")
     momentum: float = hyper(0.95, ge=0, lt=1, help="memory of the momentum")
     weight_decay: float = hyper(0.1, ge=0, help="decay; lr * weight_decay is taken off in a step")
-    eps: float | None = hyper(None, gt=0, optional=True, help="absolute eps of the norm; None is relative to it")
-    nesterov: bool = static(True, help="orthogonalise the look-ahead momentum")
-    coefficients: str = static("adaptive", of=NAMES, help="polynomials, fitted to each matrix or fixed; or exact")
-    ns_steps: int | None = static(None, help="number of polynomial steps; None takes the table's")
-    ns_dtype: str = static("auto", of=NS_DTYPES, help="dtype of the orthogonalisation")
-    ns_method: str = static("auto", of=METHODS, help="standard: the order of operations of torch.optim.Muon")
     decay: str = decay_kind()
     aux: Recipe | None = None
 
@@ -50,12 +44,30 @@ class Spectral(Recipe):
         """Matrices stay, the rest goes to the auxiliary recipe."""
         return self if block.is_matrix else self.spare()
 
+
+@dataclass(frozen=True, kw_only=True)
+class Orthogonal(Matrices):
+    """The numbers of the polar factor."""
+
+    eps: float | None = hyper(None, gt=0, optional=True, help="absolute eps of the norm; None is relative to it")
+    coefficients: str = static("adaptive", of=NAMES, help="polynomials, fitted to each matrix or fixed; or exact")
+    ns_steps: int | None = static(None, help="number of polynomial steps; None takes the table's")
+    ns_dtype: str = static("auto", of=NS_DTYPES, help="dtype of the orthogonalisation")
+    ns_method: str = static("auto", of=METHODS, help="standard: the order of operations of torch.optim.Muon")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectral(Orthogonal):
+    """What the recipes of this file share: the polar factor of an averaged momentum."""
+
+    nesterov: bool = static(True, help="orthogonalise the look-ahead momentum")
+
     def around(self, *parts: Part) -> Parts:
         """These parts between the momentum and the decayed step."""
         return Parts(Ema(nesterov=self.nesterov), *parts, DECAYS[self.decay], Descend())
 
 
-def _sized(made: Recipe, scale: str) -> Recipe:
+def sized(made: Recipe, scale: str) -> Recipe:
     """The auxiliary recipe at a rate of its own, where the matrices' steps have another size than AdamW's."""
     return made if scale in ADAM_SIZED else made.replace(lr=3e-4)
 
@@ -80,7 +92,7 @@ class Moonlight(Spectral):
 
     def default_aux(self) -> Recipe:
         """AdamW, with the same learning rate where both take steps of one size."""
-        return _sized(super().default_aux(), self.scale)
+        return sized(super().default_aux(), self.scale)
 
     def parts(self, block: Block) -> Parts:
         """Momentum, polar factor, scale, decay, step."""
@@ -146,7 +158,7 @@ class NorMuon(Spectral):
 
     def default_aux(self) -> Recipe:
         """AdamW, with the same learning rate where both take steps of one size."""
-        return _sized(super().default_aux(), self.scale)
+        return sized(super().default_aux(), self.scale)
 
     def parts(self, block: Block) -> Parts:
         """Momentum, polar factor, equal rows, scale, decay, step."""

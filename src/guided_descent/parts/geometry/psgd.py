@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from guided_descent.linalg.workspace import Workspace
-from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, Unit
+from guided_descent.parts.base import Batch, Count, Hyper, Part, Slot, State, Unit
 from guided_descent.parts.rows import Number, Rows
 from guided_descent.routing.roles import Block
 
@@ -139,7 +139,7 @@ class Fit:
     clip: Number | None
     seed: int
     work: Workspace
-    ticks: dict[str, int | Sequence[int]]
+    ticks: dict[str, Count]
 
     @property
     def mu(self) -> Number:

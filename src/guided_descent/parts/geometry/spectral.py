@@ -49,7 +49,11 @@ class Polar(Part):
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Replace each matrix of the direction by its polar factor; the length of the input does not matter."""
-        self.orthogonalize(x.take().whole, h, x.work)
+        self.factor(x, x.take().whole, h)
+
+    def factor(self, x: Batch, u: Tensor, h: Hyper) -> None:
+        """Write the polar factor of each matrix over it, and count."""
+        self.orthogonalize(u, h, x.work)
         x.tick("orthogonalizations")
 
     def orthogonalize(self, u: Tensor, h: Hyper, work: Workspace | None = None) -> None:
