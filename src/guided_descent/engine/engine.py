@@ -130,7 +130,7 @@ class Engine:
             with torch.enable_grad():
                 loss = closure()
         plan = self.bind()
-        self._check_groups()
+        self._check_groups(plan)
         gradients = self.gradients(plan)
         plan = self.bind_current()
         active = [i for i, g in enumerate(gradients) if g is not None]
@@ -262,8 +262,11 @@ class Engine:
             )
         return False
 
-    def _check_groups(self) -> None:
+    def _check_groups(self, plan: Plan) -> None:
         """Structure is fixed: a changed static key, or a momentum that was zero, is an error and not ignored."""
+        for bucket in plan.buckets:
+            for part in bucket.parts.checking:
+                part.check(self.groups[bucket.group])
         for index, group in enumerate(self.groups):
             for source, name, item in self.binder.declared(index):
                 meta = item.metadata

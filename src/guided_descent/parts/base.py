@@ -311,6 +311,9 @@ class Part:
         """State it keeps for a block, by slot name."""
         return {}
 
+    def check(self, h: Hyper) -> None:
+        """Raise ValueError where it cannot work with these numbers; called before a step changes anything."""
+
     def begin(self, s: State, h: Hyper, step: int) -> None:
         """Advance scalar state, once for each block and step, before ``update`` sees any cut of its tensors."""
 
@@ -447,6 +450,7 @@ class Parts:
         self._parts = tuple(sorted(parts, key=lambda part: ORDER.index(part.where)))
         units = [part.unit for part in self._parts]
         self.unit: Unit = "matrix" if "matrix" in units else "block" if "block" in units else "element"
+        self.checking = tuple(part for part in self._parts if type(part).check is not Part.check)
         self.judging = tuple(part for part in self._parts if type(part).judges is not Part.judges)
         self.layer_io = any(part.needs.layer_io for part in self._parts)
         self.evaluations = max((part.needs.evaluations for part in self._parts), default=1)
