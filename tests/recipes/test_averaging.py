@@ -251,11 +251,14 @@ def test_no_weight_of_the_average_is_refused() -> None:
     for wrapper in (lambda: ScheduleFree(beta=0.0), lambda: GPA(mu_y=0.0)):
         with pytest.raises(ValueError, match="must be > 0"):
             wrapper()
-    opt = gd.ScheduleFreeAdamW([p])
-    opt.param_groups[0]["betas"] = (0.0, 0.9)
-    p.grad = torch.ones(3)
-    with pytest.raises(ValueError, match=r"betas=\(0\.0, 0\.9\) makes the weight of the average 0\.0"):
+    q = nn.Parameter(torch.ones(3))
+    opt = gd.ScheduleFreeAdamW([{"params": [q]}, {"params": [p]}])
+    opt.param_groups[1]["betas"] = (0.0, 0.9)
+    p.grad = q.grad = torch.ones(3)
+    with pytest.raises(ValueError, match=r"betas=\(0\.0, 0\.9\) makes the weight of the average 0, and it must be > 0"):
         opt.step()
+    assert torch.equal(q, torch.ones(3))  # known before anything has moved
+    assert not opt.state[q]["exp_avg_sq"].any()
     with pytest.raises(ValueError, match="set decay_at='y'"):
         gd.GPAAdamW([p], decay="cautious")
     gd.GPAAdamW([p], decay="cautious", decay_at="y")
@@ -290,7 +293,7 @@ def test_bfloat16_weights_have_a_float32_sequence_and_average() -> None:
     [x], [y] = averages(half, [p]), averages(wide, [q])
     assert x.dtype == torch.float32
     torch.testing.assert_close(x.double(), y, atol=1e-5, rtol=0)
-    assert half.state_bytes() == 30 * (4 + 4 + 4) + 4 + 8 * 6  # v, z, master; step; beta, mix, weight_sum, lr_max
+    assert half.state_bytes() == 30 * (4 + 4 + 4) + 4 + 8 * 7  # v, z, master; step; beta, mix, weight_sum, lr_max
 
 
 def test_each_parameter_weighs_its_own_steps() -> None:

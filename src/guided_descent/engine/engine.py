@@ -138,7 +138,7 @@ class Engine:
             with torch.enable_grad():
                 loss = closure()
         plan = self.bind()
-        self._check_groups()
+        self._check_groups(plan)
         check_joint(plan, self.groups)
         gradients = self.gradients(plan)
         plan = self.bind_current()
@@ -300,8 +300,11 @@ class Engine:
                 ballot.add(part, part.gauge(self.batch(w), self.groups[w.bucket.group]))
         return ballot
 
-    def _check_groups(self) -> None:
+    def _check_groups(self, plan: Plan) -> None:
         """Structure is fixed: a changed static key, or a momentum that was zero, is an error and not ignored."""
+        for bucket in plan.buckets:
+            for part in bucket.parts.checking:
+                part.check(self.groups[bucket.group])
         for index, group in enumerate(self.groups):
             for source, name, item in self.binder.declared(index):
                 meta = item.metadata

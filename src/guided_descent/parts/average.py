@@ -45,9 +45,21 @@ class PrimalAverage(Part):
         return (self.beta, self.lr, *(self.decay.keys if self.decay else ()))
 
     def slots(self, block: Block) -> dict[str, Slot]:
-        """The sequence, and three numbers."""
+        """The sequence, its weight in y, and the numbers of a step."""
         one = Slot("factor", (), torch.float64, fill=1.0)
-        return {"z": Slot(copies=True), "beta": one, "mix": Slot("factor", (3,), torch.float64)}
+        return {"z": Slot(copies=True), "beta": one, "mix": Slot("factor", (4,), torch.float64)}
+
+    def check(self, h: Hyper) -> None:
+        """The average has a weight in y."""
+        if not self.weight(h) > 0:
+            raise ValueError(
+                f"{self.beta}={h[self.beta]!r} makes the weight of the average {self.weight(h):g}, and it must be > 0: "
+                "the average is found again by dividing by it; to do without an average use another recipe"
+            )
+
+    def weight(self, h: Hyper) -> float:
+        """The ``b`` of this step."""
+        return float(h[self.beta][0] if isinstance(h[self.beta], tuple | list) else h[self.beta])
 
     def weigh(self, s: State, h: Hyper, step: int) -> tuple[float, Number]:
         """The share ``r`` of the displacement that is taken, and the weight ``c`` of the new z, one for each block."""
@@ -55,24 +67,20 @@ class PrimalAverage(Part):
 
     def begin(self, s: State, h: Hyper, step: int) -> None:
         """What y becomes: ``y + pull (z - y) + r gain d`` with ``1 - pull = (1 - c) b / b_before``."""
-        beta = float(h[self.beta][0] if isinstance(h[self.beta], tuple | list) else h[self.beta])
-        if not beta > 0:
-            raise ValueError(
-                f"{self.beta}={h[self.beta]!r} makes the weight of the average {beta}, and it must be > 0: the "
-                "average is found again by dividing by it; to do without an average use another recipe"
-            )
         rate, weight = self.weigh(s, h, step)
-        before = s["beta"] if step > 1 else torch.full_like(s["beta"], beta)
+        beta = torch.full_like(s["beta"], self.weight(h))
+        before = s["beta"] if step > 1 else beta
         pull = 1 - (1 - weight) * (beta / before)
-        gain = 1 - beta * (1 - weight) + torch.zeros_like(before)
-        s["mix"].copy_(torch.stack([pull, torch.full_like(before, rate), rate * gain], -1))
-        s["beta"].fill_(beta)
+        gain = 1 - (1 - weight) * beta
+        s["mix"].copy_(torch.stack([pull, torch.full_like(beta, rate), rate * gain, beta], -1))
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Move z by what the step has done, and y with it."""
         y, d, z = x.before, writable(x), s["z"]
         assert y is not None
-        pull, rate, gain = (x.by_block(number) for number in s["mix"].unbind(-1))
+        *numbers, beta = s["mix"].unbind(-1)
+        pull, rate, gain = map(x.by_block, numbers)
+        s["beta"].copy_(beta)  # here and not before: a part may have held the step
         d.add_(y, alpha=-1.0)
         if self.decay is not None and not self.decay.idle(h):
             share = self.decay.share(x, h)

@@ -369,6 +369,9 @@ class Part:
         """What it leaves of the parts that it is added to: all, unless it takes the place of some."""
         return parts
 
+    def check(self, h: Hyper) -> None:
+        """Raise ValueError where it cannot work with these numbers; called before a step changes anything."""
+
     def begin(self, s: State, h: Hyper, step: int) -> None:
         """Advance scalar state, once for each block and step, before ``update`` sees any cut of its tensors."""
 
@@ -539,6 +542,7 @@ class Parts:
         self._parts = tuple(sorted(parts, key=lambda part: ORDER.index(part.where)))
         units = [part.unit for part in self._parts]
         self.unit: Unit = "matrix" if "matrix" in units else "block" if "block" in units else "element"
+        self.checking = tuple(part for part in self._parts if type(part).check is not Part.check)
         self.judging = tuple(part for part in self._parts if type(part).judges is not Part.judges)
         self.curvature = tuple(part for part in self._parts if part.curvature)
         self.joint = tuple(part for part in self._parts if part.joint)
