@@ -197,6 +197,7 @@ def run(name: str, method: Method, set_name: str, rounds: int) -> dict[str, obje
         "set": set_name,
         "tensors": len(shapes),
         "elements": numel(shapes),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "rounds": rounds,
         "failed": failed,
         "rows": rows,
@@ -286,6 +287,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="*", default=list(SETS), choices=list(SETS))
     parser.add_argument("--methods", nargs="*", default=list(known), choices=list(known))
     parser.add_argument("--rounds", type=int, default=0, help="rounds of each table; 0: by cost, see above")
+    parser.add_argument("--update", action="store_true", help="keep the other methods of the file that is written")
     parser.add_argument("--out", type=Path, help="where the JSON goes instead; the page stays as it is")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -311,6 +313,11 @@ def main() -> None:
             "results": results,
         }
         out = options.out or RESULTS / f"step_time-{family}.json"
+        if options.update and out.exists():
+            kept = json.loads(out.read_text())
+            fresh = {(result["method"], result["set"]): result for result in results}
+            whole = [fresh.pop((old["method"], old["set"]), old) for old in kept["results"]]
+            document = kept | {"results": [*whole, *fresh.values()]}
         out.write_text(json.dumps(document, indent=1) + "\n")
         print(f"\nload average {os.getloadavg()[0]:.1f}; wrote {out}")
     if options.out is None:

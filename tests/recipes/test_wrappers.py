@@ -75,7 +75,7 @@ def run(opt: gd.Optimizer, model: nn.Module, steps: int = STEPS, first: int = 1,
         def evaluate(number: int = number) -> Tensor:
             opt.zero_grad()
             loss = (model(batch(number, next(model.parameters()).dtype)) - 1).square().mean()
-            loss.backward()
+            loss.backward(create_graph=opt.due("hessian"))
             return loss
 
         losses.append(float((opt.step(evaluate) if closure else (evaluate(), opt.step())[0]).detach()))
@@ -252,7 +252,9 @@ def test_every_recipe_carries_every_wrapper(key: str) -> None:
         own = cls().parts(gd.routing.route(nn.Linear(3, 3)).blocks[0])
         if Parts(*(wrapper.part() for wrapper in wrappers)).average and (own.average or cls().couples):
             continue  # refused: see test_one_average_at_a_time
-        opt = gd.optimizer(key, model, add=wrappers, lr=1e-3, **({"loss": "mse"} if cls.reads_layers else {}))
+        loss = {"loss": "mse"} if cls.reads_layers or cls.samples_labels else {}
+        first = {"d0": 1e-2} if "d0" in cls.numbers() else {}  # a rate that six steps show
+        opt = gd.optimizer(key, model, add=wrappers, lr=1e-3, **loss, **first)
         before = weights(model)
         losses = run(opt, model, 6)
         assert opt.skipped == 0

@@ -197,7 +197,7 @@ class Batch:
         self._make = scratch
         self._scratch: Rows | None = None
         self._u = g
-        self._over: Rows | None = None
+        self._over: tuple[Rows, Number] | None = None
         self._factor: Number = 1.0
 
     @property
@@ -209,14 +209,20 @@ class Batch:
     def u(self) -> Rows:
         """The running direction, to read; multiply by ``factor`` where its length matters."""
         if self._over is not None:
-            self._u.rdiv_(self._over)
+            numerator, times = self._over
+            self._u.rdiv_(numerator)
+            if not (isinstance(times, float) and times == 1.0):
+                self._u.mul_(times)
             self._over = None
         return self._u
 
-    @property
-    def quotient(self) -> tuple[Rows, Rows] | None:
-        """Numerator and divisor of a direction that has not been divided yet; see ``over``."""
-        return None if self._over is None else (self._over, self._u)
+    def add_to(self, rows: Rows, length: Number) -> None:
+        """``rows <- rows + length u``, without ``factor``; divided on the way where the direction is a quotient."""
+        if self._over is None:
+            rows.add_(self._u, alpha=length)
+        else:
+            numerator, times = self._over
+            rows.addcdiv_(numerator, self._u, value=length * times)
 
     @property
     def factor(self) -> Number:
@@ -249,14 +255,14 @@ class Batch:
         self._factor = 1.0
         return self._u
 
-    def over(self, numerator: Rows, divisor: Rows | None = None) -> None:
-        """Let the direction be a quotient, divided when somebody reads it; ``factor`` starts again at 1.
+    def over(self, numerator: Rows, divisor: Rows | None = None, times: Number = 1.0) -> None:
+        """Let the direction be ``times`` a quotient, divided when somebody reads it; ``factor`` starts again at 1.
 
         A step that divides as it adds saves a pass over memory. The numerator is only read. The divisor is scratch,
         which the quotient overwrites: that of ``fresh`` if left out.
         """
         self._u = self._direction() if divisor is None else divisor
-        self._over = numerator
+        self._over = (numerator, times)
         self._factor = 1.0
 
     def become(self, scratch: Rows) -> None:

@@ -193,8 +193,8 @@ class Moments(Part):
     def divide(self, x: Batch, first: Rows, second: Rows, h: Hyper, bc1: Number, root2: Number) -> None:
         """Make the quotient the direction; ``root2`` is ``sqrt(bc2)``."""
         x.fresh().root_of_(second).add_(root2 * h[self.eps] * x.eps_scale)
-        x.over(first)
-        x.scale(root2 / bc1)
+        x.over(first, times=root2)
+        x.scale(1 / bc1)
 
     def flops(self, block: Block) -> float:
         """About 12 per element."""
@@ -280,8 +280,7 @@ class NadamMoments(Part):
         x.fresh().root_of_(second).add_(root2 * h[self.eps] * x.eps_scale)
         if not isinstance(both, float):
             mixed.mul_(both)
-        x.over(mixed)
-        x.scale(root2 * both if isinstance(both, float) else root2)
+        x.over(mixed, times=root2 * both if isinstance(both, float) else root2)
 
     def _momentum(self, h: Hyper, step: Number) -> Number:
         beta1: Number = h[self.betas][0]

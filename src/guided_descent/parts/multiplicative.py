@@ -86,7 +86,7 @@ class HAbs(MAbs):
         """Take off a share of each weight and a share of the direction."""
         gamma, w = h[self.gamma], writable(x)
         sizes = x.spare(BESIDE).copy_(w).abs_()
-        w.add_(x.u, alpha=-(self.rate(x, h) * (1 - gamma)))
+        x.add_to(w, -(self.rate(x, h) * (1 - gamma)))
         if isinstance(gamma, Tensor) or gamma > 0:
             w.addcmul_(sizes, self.squashed(x, h), -(self.rate(x, h) * h[self.outer] * gamma))
 

@@ -34,11 +34,7 @@ class Descend(Part):
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Subtract the direction, scaled."""
-        w, length = writable(x), -(h[self.lr] * x.lr_scale * x.factor)
-        if x.quotient is not None:
-            w.addcdiv_(*x.quotient, value=length)
-        else:
-            w.add_(x.u, alpha=length)
+        x.add_to(writable(x), -(h[self.lr] * x.lr_scale * x.factor))
 
     def flops(self, block: Block) -> float:
         """Two per element."""
