@@ -18,6 +18,7 @@ from guided_descent.engine.observing import Observer
 from guided_descent.engine.optimizer import ENGINE_KEYS, Optimizer
 from guided_descent.layers import Layer, find_layers, joined, not_read, undivided, watched, why_not_read
 from guided_descent.parts.base import Part
+from guided_descent.parts.numbers import listed
 from guided_descent.parts.wrapper import Wrapper, keys_of, sort_out
 from guided_descent.recipes.base import Recipe, lookup
 from guided_descent.routing import Block, Entry, Role, Rule, Table, canonical_name, check_not_flattened, route
@@ -229,14 +230,15 @@ def optimizer_class(recipe_class: type[Recipe]) -> type[RoutedOptimizer]:
 
 def make_recipe(recipe_class: type[Recipe], options: Mapping[str, Any]) -> Recipe:
     """A recipe from keywords; an unknown one is an error that lists the valid ones."""
-    valid = [item.name for item in dataclasses.fields(recipe_class)]
+    fields = dataclasses.fields(recipe_class)
+    valid = [item.name for item in fields]
     for name in options:
         if name not in valid:
             label = recipe_class.key or recipe_class.__name__
             near = difflib.get_close_matches(name, [*valid, *_BUILD_KEYS], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise TypeError(
-                f"{label} has no option {name!r}{hint} (hyperparameters: {', '.join(valid)}; "
+                f"{label} has no option {name!r}{hint} (hyperparameters: {listed(fields)}; "
                 f"build options: {', '.join(_BUILD_KEYS)})"
             )
     return recipe_class(**options)

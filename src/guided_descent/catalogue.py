@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from guided_descent.parts import WRAPPERS, Parts, Slot, Wrapper
-from guided_descent.parts.numbers import Info, Numbers
+from guided_descent.parts.numbers import Info, Numbers, rule_of
 from guided_descent.recipes.base import REGISTRY, Recipe, lookup
 from guided_descent.routing.roles import Block, Piece, Role
 
@@ -176,7 +176,6 @@ def _bytes(slot: Slot, block: Block) -> int:
 
 
 def _hyperparameter(item: dataclasses.Field[Any], made: Numbers) -> dict[str, Any]:
-    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     meta = item.metadata
     if not meta:
         value = getattr(made, item.name)
@@ -186,8 +185,4 @@ def _hyperparameter(item: dataclasses.Field[Any], made: Numbers) -> dict[str, An
         shared = value is None and rate == made.values()["lr"]
         default = f"{aux.label} with the same numbers" if shared else f"{aux.label}(lr={rate})"
         return {"name": item.name, "default": default, "rule": "", "help": "recipe of the blocks that are no matrices"}
-    if meta["kind"] == "static" and meta["of"]:
-        rule = " | ".join(map(str, meta["of"]))
-    else:
-        rule = ", ".join(f"{signs[name]} {bound:g}" for name, bound in meta["bounds"].items())
-    return {"name": item.name, "default": item.default, "rule": rule, "help": meta["help"]}
+    return {"name": item.name, "default": item.default, "rule": rule_of(item), "help": meta["help"]}

@@ -163,6 +163,20 @@ def registering(
     return register
 
 
+def rule_of(item: dataclasses.Field[Any]) -> str:
+    """The valid values of a declared key in a few characters; empty where any will do."""
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    meta = item.metadata
+    if meta.get("of"):
+        return " | ".join(map(str, meta["of"]))
+    return ", ".join(f"{signs[name]} {bound:g}" for name, bound in meta.get("bounds", {}).items())
+
+
+def listed(fields: Iterable[dataclasses.Field[Any]]) -> str:
+    """Declared keys with their valid values, for a message."""
+    return ", ".join(f"{item.name} [{rule}]" if (rule := rule_of(item)) else item.name for item in fields)
+
+
 def _check_choice(label: str, value: Any, of: tuple[Any, ...] | None, default: Any) -> None:
     if of is not None and value not in of:
         raise ValueError(f"{label} must be one of {', '.join(map(repr, of))}")

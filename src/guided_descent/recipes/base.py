@@ -17,7 +17,7 @@ from torch import Tensor
 from guided_descent.parts.base import Parts
 from guided_descent.parts.decay import ALL_DECAYS, DECAYS
 from guided_descent.parts.numbers import Info as Info
-from guided_descent.parts.numbers import Numbers, registering
+from guided_descent.parts.numbers import Numbers, listed, registering
 from guided_descent.parts.numbers import hyper as hyper
 from guided_descent.parts.numbers import static as static
 from guided_descent.parts.wrapper import WRAPPERS
@@ -159,12 +159,13 @@ class Recipe(Numbers):
             TypeError: A name is unknown; the message lists the valid ones.
             ValueError: A value is out of its range.
         """
-        valid = [item.name for item in dataclasses.fields(self)]
+        fields = dataclasses.fields(self)
+        valid = [item.name for item in fields]
         for name in changes:
             if name not in valid:
                 near = difflib.get_close_matches(name, valid, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise TypeError(f"{self.label} has no hyperparameter {name!r}{hint} (valid: {', '.join(valid)})")
+                raise TypeError(f"{self.label} has no hyperparameter {name!r}{hint} (valid: {listed(fields)})")
         return dataclasses.replace(self, **changes)
 
 
