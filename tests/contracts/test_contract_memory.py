@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from drive import Net, assert_close, exact, has_sums, make, parameters, parts_of, push
@@ -96,3 +99,20 @@ def test_the_slices_of_a_bound_do_not_change_the_numbers(key: str) -> None:
     push(make(key, nets[0], workspace_mb=64, **exact(key)), 6)
     push(make(key, nets[1], workspace_mb=0.05, **exact(key)), 6)
     assert_close(parameters(nets[0]), parameters(nets[1]), 1e-11)
+
+
+def test_a_step_leaves_nothing_for_the_collector_of_cycles(key: str) -> None:
+    """Gradients and scratch of a step go when it ends, and not when Python comes to look for cycles."""
+    net = Net()
+    opt = make(key, net)
+    push(opt, 3)
+    gc.collect()
+    gc.disable()
+    try:
+        push(opt, 1, seed=5)
+        held = [weakref.ref(p.grad) for p in net.parameters() if p.grad is not None]
+        opt.zero_grad()
+        assert held
+        assert not any(ref() is not None for ref in held)
+    finally:
+        gc.enable()

@@ -85,7 +85,8 @@ class Checkpoints:
                 shutil.rmtree(target)
             os.rename(temporary, target)
             sync_folder(self.folder)
-            _write(target / MARKER, hashlib.sha256(manifest).hexdigest().encode())
+            _write(target / f".{MARKER}", hashlib.sha256(manifest).hexdigest().encode())
+            os.replace(target / f".{MARKER}", target / MARKER)  # whole or not at all
             sync_folder(target)
         except Exception as error:  # safetensors reports a full disk with an exception of its own
             shutil.rmtree(temporary, ignore_errors=True)

@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,6 +46,21 @@ LOGGED = {
 
 
 @dataclass(eq=False)
+class Scratch:
+    """Where the scratch of a slice lies. A batch refers to this and never to its ``Work``.
+
+    The two would keep each other, and the gradients of every step, until Python looks for cycles.
+
+    Attributes:
+        tag: Its own in stages, or shared with the slices after it.
+        started: Whether it has taken some.
+    """
+
+    tag: str = ""
+    started: bool = False
+
+
+@dataclass(eq=False)
 class Work:
     """A slice on its way through the stages of one step."""
 
@@ -57,8 +72,7 @@ class Work:
     probed: Rows | None = None  # gradients at another point, where they are kept apart
     batch: Batch | None = None
     position: int = 0
-    tag: str = ""  # of its scratch
-    started: bool = False  # whether it has taken some
+    scratch: Scratch = field(default_factory=Scratch)
     unpacked: bool = False  # whether packed state is in scratch
 
     @property
@@ -397,8 +411,8 @@ class Engine:
         waiting = staged
         while waiting:
             for w in waiting:
-                if not w.started and not any(part.has_sums and part not in totals for part in w.left):
-                    w.tag = ""  # it runs to its end at once: scratch need not be its own
+                if not w.scratch.started and not any(part.has_sums and part not in totals for part in w.left):
+                    w.scratch.tag = ""  # it runs to its end at once: scratch need not be its own
                 self._advance(w, totals)
                 if w.ended:  # at once: the working copies of half-precision parameters share their scratch
                     self._finish(w)
@@ -487,6 +501,7 @@ class Engine:
         """The view of a slice that its parts work on."""
         piece, group, work = w.slice, self.groups[w.bucket.group], self.work
         piece.gather()
+        place = w.scratch = Scratch(tag)
 
         def gradient(g: Rows, name: str) -> Rows:
             if not group["maximize"] and all(row.dtype == piece.work for row in g.list):
@@ -495,13 +510,12 @@ class Engine:
             return converted.neg_() if group["maximize"] else converted
 
         def scratch(name: str) -> Rows:
-            w.started = True
-            return piece.scratch(f"{name}{w.tag}", work)
+            place.started = True
+            return piece.scratch(f"{name}{place.tag}", work)
 
         def read() -> Rows:
-            return self._load(w, f"parameter{w.tag}") if piece.half else piece.p
+            return self._load(piece, f"parameter{place.tag}") if piece.half else piece.p
 
-        w.tag, w.started = tag, False
         x = Batch(
             g=gradient(w.gradients, "gradient"),
             p=read,
@@ -548,8 +562,8 @@ class Engine:
     def unpack(self, w: Work) -> None:
         """Bring packed state into scratch, once in a step."""
         if w.slice.codes and not w.unpacked:
-            w.slice.unpack(w.tag, self.work)
-            w.started = w.unpacked = True
+            w.slice.unpack(w.scratch.tag, self.work)
+            w.scratch.started = w.unpacked = True
 
     def _open(self, w: Work, x: Batch) -> Rows:
         """The parameters to write: themselves, or a float32 working copy of half-precision ones."""
@@ -560,30 +574,30 @@ class Engine:
 
     def working_copy(self, w: Work) -> Rows:
         """The parameters in the work dtype and in all the precision that there is, in scratch."""
-        return self._load(w, "written")
+        return self._load(w.slice, "written")
 
-    def _load(self, w: Work, tag: str) -> Rows:
+    def _load(self, piece: Slice, tag: str) -> Rows:
         """Parameters in the work dtype, with what the rounding of half-precision ones keeps."""
-        copy = w.slice.scratch(tag, self.work)
-        if not w.slice.half:
-            return copy.copy_(w.slice.p)
-        mode = self.groups[w.bucket.group]["rounding"]
-        for row, p, extra in zip(copy.list, w.slice.p.list, self._extras(w, mode)):
+        copy = piece.scratch(tag, self.work)
+        if not piece.half:
+            return copy.copy_(piece.p)
+        mode = self.groups[piece.bucket.group]["rounding"]
+        for row, p, extra in zip(copy.list, piece.p.list, self._extras(piece, mode)):
             rounding.load(row, p, extra, mode)
         return copy
 
     def _close(self, w: Work, rows: Rows) -> None:
         mode = self.groups[w.bucket.group]["rounding"]
         generator = w.batch.generator(f"round{w.slice.span}") if mode == "stochastic" and w.batch else None
-        for p, row, extra in zip(w.slice.p.list, rows.list, self._extras(w, mode)):
+        for p, row, extra in zip(w.slice.p.list, rows.list, self._extras(w.slice, mode)):
             rounding.store(p, row, extra, mode, generator)
         if mode == "nearest":
             _warn_half_once(w.bucket.dtype)
 
     @staticmethod
-    def _extras(w: Work, mode: str) -> Sequence[Tensor | None]:
+    def _extras(piece: Slice, mode: str) -> Sequence[Tensor | None]:
         name = {"compensated": "comp", "master": "master"}.get(mode)
-        return w.slice.state[name].list if name else [None] * len(w.slice.p)
+        return piece.state[name].list if name else [None] * len(piece.p)
 
     def view(self, w: Work, piece: Slice) -> Batch:
         """Some rows of a slice for slow work."""
