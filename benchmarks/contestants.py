@@ -88,15 +88,17 @@ OPTIONS: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}}
 
 
 def first_order() -> tuple[str, ...]:
-    """The recipes of first order that need one gradient in a step and no model."""
-    infos = gd.recipes.REGISTRY.values()
-    return tuple(i.key for i in infos if not (i.cls.matrix or i.cls.reads_layers or evaluations(i.key) > 1))
+    """The recipes of first order that need one gradient in a step and no model; PSGD's are with the matrix methods."""
+    return tuple(key for key, info in gd.recipes.REGISTRY.items() if info.family != "psgd" and plain(key))
 
 
-def evaluations(key: str) -> int:
-    """Gradients that a recipe takes in one step."""
-    optimizer = gd.optimizer(key, [nn.Parameter(torch.zeros(4, 3))], lr=1e-3)
-    return max(bucket.parts.evaluations for bucket in optimizer._engine.bind().buckets)
+def plain(key: str) -> bool:
+    """Whether a recipe is for any tensor and asks for a gradient in each step alone."""
+    cls = gd.recipes.lookup(key)
+    if cls.matrix or cls.reads_layers:
+        return False
+    buckets = gd.optimizer(key, [nn.Parameter(torch.zeros(4, 3))], lr=1e-3)._engine.bind().buckets
+    return not any(bucket.parts.evaluations > 1 or bucket.parts.curvature for bucket in buckets)
 
 
 #: Which methods are run by one command and written to one file.

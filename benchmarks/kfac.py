@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -193,7 +194,7 @@ def main() -> None:
         json.dumps(
             {
                 "format": 1,
-                "command": "python benchmarks/kfac.py",
+                "command": " ".join(["python benchmarks/kfac.py", *sys.argv[1:]]),
                 "unit": "process CPU milliseconds, one thread, mean over whole refresh periods",
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "machine": f"{platform.machine()}, {os.cpu_count()} cores",

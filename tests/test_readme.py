@@ -44,3 +44,10 @@ def test_the_tables_are_those_of_the_committed_results():
     assert module.filled(broken) == text
     with pytest.raises(ValueError, match="no place <!-- burgers -->"):
         module.filled(text.replace("<!-- burgers -->", ""))
+
+
+def test_the_page_of_first_order_methods_is_made_from_the_committed_results():
+    spec = importlib.util.spec_from_file_location("pages", ROOT / "benchmarks" / "pages.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text() == module.page(), "run python benchmarks/pages.py"
