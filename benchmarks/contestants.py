@@ -48,13 +48,13 @@ SETS: dict[str, Callable[[bool], list[tuple[int, ...]]]] = {
 
 #: The same method elsewhere: a class of torch with its options, of HeavyBall, and of pytorch_optimizer.
 PEERS: dict[str, tuple[tuple[str, dict[str, Any]] | None, str, str]] = {
-    "sgd": (("SGD", {"momentum": 0.9}), "SGD", "SGDW"),
+    "sgd": (("SGD", {"momentum": 0.9}), "SGD", ""),
     "adagrad": (("Adagrad", {}), "", ""),
     "rmsprop": (("RMSprop", {}), "RMSprop", ""),
     "adadelta": (("Adadelta", {}), "", ""),
     "adam": (("Adam", {}), "", ""),
     "amsgrad": (("Adam", {"amsgrad": True}), "", ""),
-    "adamw": (("AdamW", {}), "AdamW", "StableAdamW"),
+    "adamw": (("AdamW", {}), "AdamW", ""),
     "nadam": (("NAdam", {}), "", ""),
     "nadamw": (("NAdam", {"decoupled_weight_decay": True}), "NAdam", ""),
     "radam": (("RAdam", {}), "", ""),
@@ -65,7 +65,6 @@ PEERS: dict[str, tuple[tuple[str, dict[str, Any]] | None, str, str]] = {
     "laprop": (None, "LaProp", "LaProp"),
     "novograd": (None, "", "NovoGrad"),
     "lion": (None, "", "Lion"),
-    "signsgd": (None, "", "SignSGD"),
     "signum": (None, "", "SignSGD"),
     "grams": (None, "", "Grams"),
     "lars": (None, "", "LARS"),
