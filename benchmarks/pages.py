@@ -69,6 +69,7 @@ def floors() -> list[str]:
         "The floor is the time of the step's bytes (gradients once, parameters and state twice) at the rate of torch's",
         "fused AdamW in the same rounds. Eager and compiled are without the check for non-finite gradients, which no",
         "peer has; it costs the difference to the first column. All contestants are in [step-time.md](step-time.md).",
+        *([data["note"]] if "note" in data else []),
         "",
         "| recipe | ms, with check | eager, ms | over floor | compiled, ms | over floor | fastest peer, ms | MB |",
         "|---|---|---|---|---|---|---|---|",

@@ -97,7 +97,9 @@ def kill_until_finished(server, out: Path, moments: random.Random, most: int) ->
             assert found[0] >= last
             last = found[0]
         (run,) = RunStore(out).runs()
-        assert run.status == "partial"
+        if run.status != "partial":  # the kill came between the result and the end of the process
+            assert run.status == "complete"
+            assert found is not None
         run.metrics()  # readable, whatever the last line is
 
 
