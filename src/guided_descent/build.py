@@ -17,6 +17,8 @@ from guided_descent.capture.attention import AttentionLogits
 from guided_descent.engine.observing import Observer
 from guided_descent.engine.optimizer import ENGINE_KEYS, Optimizer
 from guided_descent.layers import Layer, find_layers, joined, not_read, undivided, watched, why_not_read
+from guided_descent.parallel.boxes import is_dtensor
+from guided_descent.parallel.sharing import ranks_of_data, settle
 from guided_descent.parts.base import Part
 from guided_descent.parts.numbers import listed
 from guided_descent.parts.wrapper import Wrapper, keys_of, sort_out
@@ -71,6 +73,11 @@ class RoutedOptimizer(Optimizer):
         scaler: The ``GradScaler`` that scales the loss, for recipes that read output gradients.
         parametrization: What multiplies the learning rate of each weight: a tree of ``guided_descent.modula``,
             another ``Parametrization``, or the name of one, ``modula`` or ``flat``. ``None`` is the recipe's own.
+        parallel: True for ranks to share the work on matrices under ``DistributedDataParallel``: each is updated by one
+            of them, which alone holds its state, so that every rank must then call ``state_dict``. Parameters that are
+            sharded (``DTensor``) are always shared.
+        mesh: The mesh of all ranks that train together, where neither the parameters nor the model's wrapper tell.
+        wire_dtype: ``bfloat16`` to round the gradients and directions of whole matrices on their way between ranks.
     """
 
     recipe_class: ClassVar[type[Recipe] | None] = None
@@ -88,6 +95,9 @@ class RoutedOptimizer(Optimizer):
         loss: Any = None,
         scaler: Any = None,
         parametrization: Parametrization | str | None = None,
+        parallel: bool | None = None,
+        mesh: Any = None,
+        wire_dtype: str | None = None,
         **engine: Any,
     ) -> None:
         engine = _engine_options(engine, recipe)
@@ -96,8 +106,18 @@ class RoutedOptimizer(Optimizer):
         parts, self._wrappers = sort_out(add)
         assembly = assemble(params, recipe, rules, engine, self._wrappers, parametrization)
         self.table = Table(assembly.entries)
-        self._start(assembly.groups, assembly.recipes, assembly.blocks, parts, assembly.carried, workspace_mb, seed)
-        repeats = any(bucket.parts.probing or bucket.parts.judging for bucket in self._engine.bind().buckets)
+        sharing = settle(params, parallel, mesh, wire_dtype, workspace_mb)
+        self._start(
+            assembly.groups,
+            assembly.recipes,
+            assembly.blocks,
+            parts,
+            assembly.carried,
+            workspace_mb,
+            seed,
+            sharing,
+        )
+        repeats = any(parts.probing or parts.judging for _, parts in self._engine.bind().uses)
         if isinstance(params, nn.Module) and repeats:
             self._engine.buffers = params.buffers
         self._blocks_read = assembly.read
@@ -115,8 +135,7 @@ class RoutedOptimizer(Optimizer):
 
         Layers are read for recipes that need their inputs and output gradients; attention is, for those that clip its
         logits; outputs are, for those that draw labels from them; buffers are, where a step evaluates more than once.
-        Where the model is a ``DistributedDataParallel``,
-        statistics are joined over its ranks.
+        Where the model is a ``DistributedDataParallel`` or fully sharded, statistics are joined over its ranks.
 
         Args:
             model: The model whose parameters are trained.
@@ -126,7 +145,8 @@ class RoutedOptimizer(Optimizer):
 
         Raises:
             ValueError: The recipes disagree on ``fisher``, or no loss has this name.
-            TypeError: The loss is an object from which labels cannot be sampled, such as torch's function or module.
+            TypeError: The loss is an object from which labels cannot be sampled, such as torch's function or module; or
+                layers are to be read that are divided among ranks.
         """
         ranks = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
         inner = model if ranks is None else ranks.module
@@ -135,6 +155,9 @@ class RoutedOptimizer(Optimizer):
         if self._logits is not None:
             self._logits.remove()
         attention = self._noted("max_logits")
+        owners = self._engine.bind().owners
+        if owners is not None and (attention or self._blocks_read) and any(map(is_dtensor, inner.parameters())):
+            self._engine.process_group = ranks_of_data(inner, owners)
         self._logits = AttentionLogits(inner, attention, partial(self.note, "max_logits")) if attention else None
         if self._blocks_read:
             self._read_layers(inner, loss, scaler)
@@ -266,7 +289,7 @@ def build(
         compile: Compile the parts.
         seed: Seed of every random draw.
         **options: ``rounding``, ``state_dtype``, ``maximize``, ``foreach``, ``fused``, ``workspace_mb``,
-            ``parametrization``.
+            ``parametrization``, ``parallel``, ``mesh``, ``wire_dtype``.
 
     Example:
         >>> import torch, guided_descent as gd
@@ -321,6 +344,9 @@ _BUILD_KEYS = (
     "loss",
     "scaler",
     "parametrization",
+    "parallel",
+    "mesh",
+    "wire_dtype",
     *_NOT_OPTIONS,
 )
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from guided_descent.engine.buckets import Bucket
 from guided_descent.engine.policies import PATIENCE, RefusedError
-from guided_descent.parts.base import Part
+from guided_descent.parallel.ranks import Ranks, join
+from guided_descent.parts.base import Part, Parts
 
 log = logging.getLogger("guided_descent")
 
@@ -20,26 +20,32 @@ class Ballot:
 
     Args:
         groups: The param groups.
-        buckets: All buckets; the groups in which one has a part are asked, and remember alike.
+        uses: Groups and parts of all blocks; the groups that have a part are asked, and remember alike.
     """
 
-    def __init__(self, groups: Sequence[Mapping[str, Any]], buckets: Sequence[Bucket]) -> None:
+    def __init__(self, groups: Sequence[Mapping[str, Any]], uses: Sequence[tuple[int, Parts]]) -> None:
         self.groups = groups
         self._totals: dict[Part, dict[str, Tensor]] = {}
         self._places: dict[Part, list[int]] = {}
-        for bucket in buckets:
-            for part in bucket.parts:
-                if part.gauges and bucket.group not in self._places.setdefault(part, []):
-                    self._places[part].append(bucket.group)
+        for group, parts in uses:
+            for part in (part for part in parts if part.gauges):
+                if group not in self._places.setdefault(part, []):
+                    self._places[part].append(group)
 
     def __bool__(self) -> bool:
         return bool(self._places)
 
-    def add(self, part: Part, values: Mapping[str, Tensor]) -> None:
-        """Add what a part has found in some rows."""
+    def add(self, part: Part, values: Mapping[str, Tensor], counts: bool = True) -> None:
+        """Add what a part has found in some rows, unless another rank does."""
         total = self._totals.setdefault(part, {})
-        for name, value in values.items():
+        for name, value in values.items() if counts else ():
             total[name] = total[name] + value if name in total else value
+
+    def join(self, ranks: Ranks | None) -> None:
+        """Add what the parts of all ranks have found."""
+        order = list(self._places)
+        mine = {order.index(part): (set(self._places[part]), total) for part, total in self._totals.items()}
+        self._totals = {order[number]: dict(total) for number, (_, total) in join(ranks, mine).items()}
 
     def refusal(self) -> RuntimeError | None:
         """The error that stands for a refused step, raised where many follow each other; ``None`` if all accept."""

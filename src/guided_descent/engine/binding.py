@@ -7,8 +7,9 @@ parameters unfrozen late all keep what they have.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,32 +17,45 @@ from torch import Tensor
 
 from guided_descent import kernels
 from guided_descent.engine import packing, rounding
-from guided_descent.engine.buckets import STACK, Bucket, Parameter, Slice, capacity, factor_stack
+from guided_descent.engine.buckets import STACK, Bucket, Entry, Parameter, Slice, capacity, factor_stack
 from guided_descent.engine.refresh import waiting_slots
 from guided_descent.engine.state import param_slot, real, slot_key, work_dtype
+from guided_descent.parallel.boxes import addresses, local
+from guided_descent.parallel.owners import Owners
+from guided_descent.parallel.sharing import Sharing
 from guided_descent.parts.base import Part, Parts, Slot
 from guided_descent.parts.numbers import Numbers
 from guided_descent.parts.wrapper import Wrapper
 from guided_descent.recipes.base import Recipe
-from guided_descent.routing.roles import Block
+from guided_descent.routing.roles import Block, Piece
 
 Group = dict[str, Any]
 
 
 @dataclass(eq=False)
 class Plan:
-    """What ``bind`` makes: parameters, buckets, counters."""
+    """What ``bind`` makes: parameters, buckets, counters.
+
+    ``entries`` are all blocks, by key, the same on every rank; ``buckets`` hold what this rank updates of them.
+    """
 
     parameters: list[Parameter]
     groups: list[list[Tensor]]  # the tensors of each group, as bound
     pointers: list[int]
     buckets: list[Bucket]
     options: list[tuple[Any, ...]]  # of each group, those that shape the plan
-    places: dict[str, tuple[Bucket, int]]  # of each block, by key
+    entries: dict[str, Entry]
+    places: dict[str, tuple[Bucket, int]]  # of each block that is whole here, by key
     steps: Tensor  # float32 [parameters], the storage of every state["step"]
     counts: list[int]  # the same on the host
+    owners: Owners | None = None  # where ranks share the work
     cuts: dict[tuple[Bucket, tuple[int, ...]], list[Slice]] = field(default_factory=dict)
     phases: dict[tuple[int, int], dict[str, int]] = field(default_factory=dict)  # by period, and what is crowded
+
+    @cached_property
+    def uses(self) -> list[tuple[int, Parts]]:
+        """The parts of all blocks with their groups, each once."""
+        return list(dict.fromkeys((entry.group, entry.parts) for entry in self.entries.values()))
 
 
 def stored_slots(
@@ -65,6 +79,7 @@ class Binder:
         add: Parts added to every recipe.
         carried: The wrappers of each group, whose parts are among the added ones.
         workspace_mb: Bound of the scratch memory; a single larger matrix may exceed it.
+        sharing: How ranks divide the work.
     """
 
     def __init__(
@@ -76,6 +91,7 @@ class Binder:
         add: tuple[Part, ...],
         carried: list[tuple[Wrapper, ...]],
         workspace_mb: float,
+        sharing: Sharing,
     ) -> None:
         self.groups = groups
         self.state = state
@@ -84,6 +100,7 @@ class Binder:
         self.add = add
         self.carried = carried
         self.workspace_mb = workspace_mb
+        self.sharing = sharing
         self.graphs = False  # whether the parts are compiled
         self.plan: Plan | None = None
         self._parts: dict[tuple[int, Block], Parts] = {}
@@ -147,7 +164,7 @@ class Binder:
             if len(now) != len(bound) or not all(map(operator.is_, now, bound)):
                 return False
             tensors += now
-        return list(map(Tensor.data_ptr, tensors)) == plan.pointers
+        return addresses(tensors) == plan.pointers
 
     def _options(self) -> list[tuple[Any, ...]]:
         return [tuple(group[key] for key in ("state_dtype", "rounding", "foreach", "fused")) for group in self.groups]
@@ -169,13 +186,14 @@ class Binder:
                 )
             for name, tensor in zip(names, group["params"]):
                 self._follow(old, name, index, tensor)
-                parameters.append(Parameter(len(parameters), name, index, tensor, self.blocks[name]))
+                parameters.append(Parameter.of(len(parameters), name, index, tensor, self.blocks[name]))
         plan = Plan(
             parameters,
             [list(group["params"]) for group in self.groups],
-            [p.tensor.data_ptr() for p in parameters],
+            addresses([p.tensor for p in parameters]),
             [],
             self._options(),
+            {},
             {},
             torch.zeros(len(parameters)),
             [0] * len(parameters),
@@ -186,8 +204,28 @@ class Binder:
             plan.counts[p.index] = int(count)
             plan.steps[p.index] = plan.counts[p.index]
             self.state[p.tensor]["step"] = plan.steps[p.index]
-        plan.buckets = self._make_buckets(live, plan.places)
+        plan.entries = self._make_entries(live)
+        plan.owners = self.sharing.divide(list(plan.entries.values()), self.groups, len(parameters))
+        mine = plan.entries.values() if plan.owners is None else plan.owners.entries()
+        plan.buckets = self._make_buckets(mine, self._shared(plan.entries.values()), plan.places)
+        if plan.owners is not None:
+            self._tidy(plan.owners)
         return plan
+
+    def _tidy(self, owners: Owners) -> None:
+        """Drop what this rank held before its parameters were sharded and others own now."""
+        for job in owners.jobs:
+            for name, slot in job.halves.first.slots(job.block).items():
+                for p in job.entry.owners:
+                    state = self.state[p.tensor]
+                    stale = state.pop(name, None) if slot.layout == "param" and not p.lone else None
+                    if stale is not None and int(state["step"]):
+                        raise ValueError(
+                            f"state {name!r} of {p.name!r} has been used, and the blocks of the parameter are now "
+                            "shared out among ranks: build a new optimizer and load the state into it"
+                        )
+                    if not job.own:
+                        state.pop(slot_key(job.block, name, p.lone), None)
 
     def _follow(self, old: Plan | None, name: str, group: int, tensor: Tensor) -> None:
         """Let state follow a parameter that was replaced by another tensor of the same name."""
@@ -210,11 +248,6 @@ class Binder:
         t = p.tensor
         if t.is_meta or not (t.requires_grad or t.grad is not None or t in self.state):
             return False
-        if type(t).__name__ == "DTensor":
-            raise TypeError(
-                f"parameter {p.name!r} is a DTensor: sharded parameters are not supported yet; build the optimizer on "
-                "plain tensors (DistributedDataParallel works)"
-            )
         if not (t.is_floating_point() or t.is_complex()):
             raise TypeError(
                 f"parameter {p.name!r} has dtype {t.dtype}; only floating and complex dtypes can be trained"
@@ -222,34 +255,52 @@ class Binder:
         self.state.setdefault(t, {})
         return True
 
-    def _make_buckets(self, live: Sequence[Parameter], places: dict[str, tuple[Bucket, int]]) -> list[Bucket]:
-        buckets: dict[tuple[Any, ...], Bucket] = {}
+    def _make_entries(self, live: Sequence[Parameter]) -> dict[str, Entry]:
+        """All blocks of these parameters, by key."""
+        found: dict[str, Entry] = {}
         named = {p.name: p for p in live}
         for p in live:
-            group = self.groups[p.group]
             for block in p.blocks:
-                if block.key in places:
-                    continue
-                parts = self.parts(p.group, block)
-                mode = group["rounding"]
-                kept = rounding.rounding_slots(mode, p.tensor.dtype)
-                for name in rounding.NAMES - kept.keys():  # of a mode left behind: it would be stale on return
-                    self.state[p.tensor].pop(name, None)
-                slots, packed = stored_slots(parts, block, group, p.tensor)
-                scales = (block.lr_scale, block.wd_scale, block.eps_scale, *(x.wd_scale for x in block.pieces))
-                shape = block.shape if parts.unit == "matrix" else ()
-                factors = tuple((n, slot.shape) for n, slot in slots.items() if slot.layout == "factor")
-                key = (p.group, parts, p.tensor.dtype, p.tensor.device, scales, shape, factors)
-                if key not in buckets:
-                    loop = group["foreach"] is False
-                    buckets[key] = Bucket(p.group, parts, p.tensor.dtype, p.tensor.device, slots, packed, loop)
-                    buckets[key].graphs = self.graphs
-                bucket = buckets[key]
-                bucket.blocks.append(block)
-                bucket.owners.append([self._owner(named, block, name) for name in block.names])
+                if block.key not in found:
+                    owners = [self._owner(named, block, name) for name in block.names]
+                    found[block.key] = Entry(block, p.group, self.parts(p.group, block), owners)
+        return found
+
+    def _make_buckets(
+        self, entries: Iterable[Entry], shared: Mapping[tuple[int, str], Tensor], places: dict[str, tuple[Bucket, int]]
+    ) -> list[Bucket]:
+        buckets: dict[tuple[Any, ...], Bucket] = {}
+        for entry in entries:
+            group, block, parts, p = self.groups[entry.group], entry.block, entry.parts, entry.owners[0]
+            kept = rounding.rounding_slots(group["rounding"], p.tensor.dtype)
+            for name in rounding.NAMES - kept.keys():  # of a mode left behind: it would be stale on return
+                self.state[p.tensor].pop(name, None)
+            slots, packed = stored_slots(parts, block, group, p.part)
+            scales = (block.lr_scale, block.wd_scale, block.eps_scale, *(x.wd_scale for x in block.pieces))
+            shape = block.shape if parts.unit == "matrix" else ()
+            factors = tuple((n, slot.shape) for n, slot in slots.items() if slot.layout == "factor")
+            apart = (entry.half, entry.kind)
+            key = (entry.group, parts, p.part.dtype, p.part.device, scales, shape, factors, apart)
+            if key not in buckets:
+                buckets[key] = Bucket(
+                    group=entry.group,
+                    parts=parts,
+                    dtype=p.part.dtype,
+                    device=p.part.device,
+                    half=entry.half,
+                    place=entry.place,
+                    slots=slots,
+                    packed=packed,
+                    loop=group["foreach"] is False,
+                    graphs=self.graphs,
+                )
+            bucket = buckets[key]
+            bucket.blocks.append(block)
+            bucket.owners.append(entry.owners)
+            if entry.half != "second":
                 places[block.key] = (bucket, len(bucket.blocks) - 1)
         for bucket in buckets.values():
-            self._allocate(bucket)
+            self._allocate(bucket, shared)
             if bucket.stacked:
                 limit = int(self.workspace_mb * 2**20)
                 if bucket.device.type == "cpu":
@@ -268,22 +319,12 @@ class Binder:
             )
         return named[name]
 
-    def _allocate(self, bucket: Bucket) -> None:
-        group = self.groups[bucket.group]
-        joint = {name for part in bucket.parts.joint for name in part.slots(bucket.blocks[0])}
+    def _allocate(self, bucket: Bucket, shared: Mapping[tuple[int, str], Tensor]) -> None:
         for name, slot in bucket.slots.items():
             if slot.layout == "param":
                 rows = bucket.tensors[name] = []
                 for _, block, owners in bucket.members():
-                    views = []
-                    for p, piece in zip(owners, block.pieces):
-                        state = self.state[p.tensor]
-                        fresh = name not in state
-                        whole = param_slot(state, name, p.tensor, slot, bool(int(state["step"])))
-                        if fresh and name == "master":
-                            whole.copy_(p.tensor)
-                        views.append(piece.of(real(whole)))
-                    rows.append(views)
+                    rows.append([self._beside(bucket, name, slot, block, *each) for each in zip(owners, block.pieces)])
             elif slot.layout == "factor":
                 stack = factor_stack(slot, len(bucket.blocks), bucket.device, work_dtype(bucket.dtype))
                 for i, block, owners in bucket.members():
@@ -293,18 +334,42 @@ class Binder:
                     state[key] = stack[i]
                 bucket.stacks[name] = stack
             else:
+                bucket.shared[name] = shared[bucket.group, name]
+
+    def _beside(self, bucket: Bucket, name: str, slot: Slot, block: Block, p: Parameter, piece: Piece) -> Tensor:
+        """The state of a piece of a parameter that is shaped like it: a part of the parameter's, or an owner's own."""
+        state = self.state[p.tensor]
+        used = bool(int(state["step"]))
+        if bucket.half == "first":
+            return param_slot(state, slot_key(block, name, p.lone), p.part, slot, used)
+        fresh = name not in state
+        whole = param_slot(state, name, p.tensor, slot, used)
+        if fresh and name == "master":
+            whole.copy_(p.tensor)
+        return piece.of(real(local(whole)))
+
+    def _shared(self, entries: Iterable[Entry]) -> dict[tuple[int, str], Tensor]:
+        """The state that whole groups share, by group and name, made on every rank."""
+        made: dict[tuple[int, str], Tensor] = {}
+        for entry in {(entry.group, entry.parts): entry for entry in entries}.values():
+            group, like = self.groups[entry.group], entry.owners[0].part
+            joint = {name for part in entry.parts.joint for name in part.slots(entry.block)}
+            for name, slot in entry.parts.slots(entry.block).items():
+                if slot.layout != "group" or (entry.group, name) in made:
+                    continue
                 extra = group["extra"]
                 if name in joint:
                     same = (other["extra"] for other in self.groups if other["recipe"] == group["recipe"])
                     extra |= next(({name: held[name]} for held in same if name in held), {})
                 if name not in extra:
-                    dtype, device = slot.dtype or work_dtype(bucket.dtype), "cpu" if name in joint else bucket.device
+                    dtype, device = slot.dtype or work_dtype(like.dtype), "cpu" if name in joint else like.device
                     extra[name] = torch.full(slot.shape, slot.fill, dtype=dtype, device=device)
-                bucket.shared[name] = extra[name]
+                made[entry.group, name] = extra[name]
+        return made
 
     def _kernel(self, bucket: Bucket) -> kernels.Kernel | None:
         """The kernel that equals a bucket's parts, unless the group asks for the plain loop."""
         group = self.groups[bucket.group]
-        if group["fused"] is False or group["foreach"] is False or bucket.packed:
+        if group["fused"] is False or group["foreach"] is False or bucket.packed or bucket.half:
             return None
         return kernels.find(bucket.parts, bucket.device, bucket.dtype, bucket.scales)

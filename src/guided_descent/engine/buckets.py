@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,10 +19,12 @@ from guided_descent.engine import packing
 from guided_descent.engine.state import HALF, real, work_dtype
 from guided_descent.kernels import Kernel, Scales
 from guided_descent.linalg.workspace import Workspace
+from guided_descent.parallel.boxes import local
 from guided_descent.parts.base import Parts, Slot, State
 from guided_descent.parts.rows import Rows
 from guided_descent.routing.roles import Block, Piece
 
+Half: TypeAlias = Literal["", "first", "second"]
 #: Elements of a chunk: 1 MiB in float32, so that the tensors of one update stay in cache between its operations.
 CHUNK = 262_144
 #: As many chunks in one graph, which reads and writes each tensor once and has a cost for each call.
@@ -32,18 +35,58 @@ STACK = 4 * 2**20
 
 @dataclass(eq=False)
 class Parameter:
-    """A parameter as the engine sees it."""
+    """A parameter as the engine sees it.
+
+    Attributes:
+        index: Number of its gradient.
+        name: Canonical name.
+        group: Index of its param group.
+        tensor: What the group holds, by which its state is found.
+        blocks: Its blocks.
+        part: What the parts of an update work on: the tensor, or its part on this rank.
+        home: Index of the parameter whose updates it counts: its own.
+    """
 
     index: int
     name: str
     group: int
     tensor: Tensor
     blocks: tuple[Block, ...]
+    part: Tensor
+    home: int
+
+    @classmethod
+    def of(cls, index: int, name: str, group: int, tensor: Tensor, blocks: tuple[Block, ...]) -> Parameter:
+        """A parameter of a group."""
+        return cls(index, name, group, tensor, blocks, local(tensor), index)
 
     @property
     def lone(self) -> bool:
         """Whether it is one block."""
         return len(self.blocks) == 1
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """A block on its way into a bucket.
+
+    Attributes:
+        block: The block.
+        group: Index of its param group.
+        parts: What updates it.
+        owners: The parameter of each piece.
+        half: ``first`` or ``second`` where ranks divide its update, see ``parallel.halves``; ``""`` is all of it.
+        kind: Blocks of different kinds are batched apart: those of which other ranks hold copies.
+        place: Name of this rank's part among those of a kind, the same for copies.
+    """
+
+    block: Block
+    group: int
+    parts: Parts
+    owners: list[Parameter]
+    half: Half = ""
+    kind: Hashable = None
+    place: str = ""
 
 
 @dataclass(eq=False)
@@ -54,6 +97,8 @@ class Bucket:
     parts: Parts
     dtype: torch.dtype
     device: torch.device
+    half: Half
+    place: str
     slots: dict[str, Slot]
     packed: dict[str, bool]  # slots that are stored in 8 bits, and whether they have signs
     loop: bool
@@ -77,6 +122,11 @@ class Bucket:
         """The multipliers that its blocks share."""
         return Scales(self.blocks[0].lr_scale, self.blocks[0].wd_scale, self.blocks[0].eps_scale)
 
+    @property
+    def blind(self) -> bool:
+        """Whether the parameters are not there to be read."""
+        return self.half == "first" and not any(part.reads_parameter for part in self.parts)
+
     def members(self) -> Iterator[tuple[int, Block, list[Parameter]]]:
         """Position, block and owning parameters."""
         return zip(range(len(self.blocks)), self.blocks, self.owners)
@@ -97,7 +147,7 @@ class Bucket:
         if self.graphs:
             chunk, chosen = GRAPH * CHUNK, sorted(chosen, key=lambda i: self.blocks[i].shape)
         for i in chosen:
-            numel = sum(piece.of(real(p.tensor)).numel() for p, piece in zip(self.owners[i], self.blocks[i].pieces))
+            numel = sum(piece.of(real(p.part)).numel() for p, piece in zip(self.owners[i], self.blocks[i].pieces))
             if self.parts.unit == "element" and numel > 2 * chunk and self._flat(i):
                 slices += [Slice(self, [i], (a, min(a + chunk, numel))) for a in range(0, numel, chunk)]
                 continue
@@ -117,7 +167,7 @@ class Bucket:
 
     def _flat(self, i: int) -> bool:
         whole = len(self.blocks[i].pieces) == 1 and not self.blocks[i].pieces[0].index
-        views = [real(self.owners[i][0].tensor), *(tensors[i][0] for tensors in self.tensors.values())]
+        views = [real(self.owners[i][0].part), *(tensors[i][0] for tensors in self.tensors.values())]
         return whole and all(view.is_contiguous() for view in views)
 
 
@@ -137,7 +187,7 @@ class Slice:
         self.whole = all(not piece.index for _, piece, _ in self.pieces)
         as_they_are = self.whole and span is None and not bucket.dtype.is_complex
         self._indices = [owner.index for owner, _, _ in self.pieces] if as_they_are else None
-        self.p = self._rows([self._view(real(owner.tensor), piece) for owner, piece, _ in self.pieces])
+        self.p = self._rows([self._view(real(owner.part), piece) for owner, piece, _ in self.pieces])
         self.half = bucket.dtype in HALF
         self.work = work_dtype(bucket.dtype)
         self.state: State = dict(bucket.shared)

@@ -20,16 +20,21 @@ from torch import Tensor
 from guided_descent.engine import rounding
 from guided_descent.engine.ballot import Ballot
 from guided_descent.engine.binding import Binder, Plan
-from guided_descent.engine.buckets import Bucket, Slice
+from guided_descent.engine.buckets import Bucket, Parameter, Slice
 from guided_descent.engine.compiled import Compiled
+from guided_descent.engine.constraints import constrain
 from guided_descent.engine.hessian import Diagonal
 from guided_descent.engine.joint import check_joint
 from guided_descent.engine.observing import Observer
 from guided_descent.engine.policies import PATIENCE, NonFiniteError, all_finite, culprits
 from guided_descent.engine.probing import again, probe
 from guided_descent.engine.refresh import Refresher
-from guided_descent.engine.state import HALF, work_dtype
+from guided_descent.engine.stages import stages
+from guided_descent.engine.state import HALF, real, work_dtype
 from guided_descent.linalg.workspace import Workspace
+from guided_descent.parallel.boxes import local
+from guided_descent.parallel.owners import News, heed
+from guided_descent.parallel.ranks import Ranks, join
 from guided_descent.parts.base import WRITERS, Batch, Part
 from guided_descent.parts.rows import Rows
 from guided_descent.routing import Block, canonical_name
@@ -74,6 +79,8 @@ class Work:
     position: int = 0
     scratch: Scratch = field(default_factory=Scratch)
     unpacked: bool = False  # whether packed state is in scratch
+    news: Sequence[News] = ()  # what the owners of its blocks say, where it is a second half
+    unusual: bool = False  # whether they say anything beside their directions
 
     @property
     def left(self) -> tuple[Part, ...]:
@@ -131,6 +138,12 @@ class Engine:
         """The plan of the step that is running."""
         return self.binder.plan or self.bind()
 
+    @property
+    def ranks(self) -> Ranks | None:
+        """The ranks that take the steps together, where more than one part of a tensor is known."""
+        owners = self.bind_current().owners
+        return None if owners is None else owners.ranks
+
     def forget(self) -> None:
         """Bind anew at the next use; state is kept."""
         self.binder.plan = None
@@ -152,6 +165,8 @@ class Engine:
             with torch.enable_grad():
                 loss = closure()
         plan = self.bind()
+        if plan.owners is not None:
+            plan.owners.check()
         self._check_groups(plan)
         check_joint(plan, self.groups)
         gradients = self.gradients(plan)
@@ -184,21 +199,22 @@ class Engine:
     ) -> None:
         if not active or not self._finite(plan, gradients, active, self.diagonal.reduce()):
             return
-        if self.observer is None and any(bucket.parts.layer_io for bucket in plan.buckets):
+        if self.observer is None and any(parts.layer_io for _, parts in plan.uses):
             raise RuntimeError(
                 "this copy of the optimizer watches no model: call optimizer.watch(model, loss=...) first"
             )
-        ballot = self._ballot(plan, gradients, active)
+        whole = self.gather(plan, gradients)
+        ballot = self._ballot(plan, whole, active)
         refusal = ballot.refusal()
         if refusal is not None:
             self._skip(refusal)
             return
         probed: list[Tensor | None] | None = None
-        asked = [bucket.parts.probing for bucket in plan.buckets if bucket.parts.probing is not None]
+        asked = [parts.probing for _, parts in plan.uses if parts.probing is not None]
         if asked:
             apart = asked[0].needs.apart
             first = [g.clone() if g is not None else None for g in gradients] if apart else gradients
-            found = probe(self, plan, gradients, closure)
+            found = probe(self, plan, gradients, whole, closure)
             if apart:
                 gradients, probed = [None if other is None else g for g, other in zip(first, found)], found
             else:
@@ -206,21 +222,25 @@ class Engine:
             active = [i for i, g in enumerate(gradients) if g is not None]
             if not active or not self._finite(plan, found, active, {}):
                 return
+            probed = None if probed is None else self.gather(plan, probed)
+            whole = self.gather(plan, gradients)
         self.skipped_in_row = 0
         ballot.remember()
         if self.observer is not None:
             self.observer.reduce()
         active = self._whole(plan, gradients, active)
-        work = self.schedule(plan, gradients, active, probed)
+        work = self.schedule(plan, whole, active, probed)
         self.refresher.run(work, ahead=True)
-        self._run(work)
+        self._run(work, self._stages(plan))
+        if plan.owners is not None:
+            self._run(self._second(plan))
         self.refresher.run(work)
-        self._constrain(plan, gradients)
+        constrain(self, plan, gradients)
         self._count(plan, active)
 
     def _judging(self, plan: Plan, closure: Callable[[], Any] | None) -> list[tuple[int, Part]]:
         """The parts, with their groups, that want to know what this step does to the loss of its batch."""
-        judging = {(b.group, part): None for b in plan.buckets for part in b.parts.judging}
+        judging = {(group, part): None for group, parts in plan.uses for part in parts.judging}
         found = [(i, p) for i, p in judging if p.judges(self.groups[i], self.groups[i]["steps"] + 1)]
         if found and closure is None:
             names = ", ".join(sorted({type(part).__name__ for _, part in found}))
@@ -235,7 +255,7 @@ class Engine:
         """Before anything changes: a part that multiplies by the curvature has been given what it takes."""
         if hasattr(closure, "products") and getattr(closure, "curved", True):
             return
-        names = sorted({type(part).__name__ for b in plan.buckets for part in b.parts if part.multiplies})
+        names = sorted({type(part).__name__ for _, parts in plan.uses for part in parts if part.multiplies})
         if names:
             raise ValueError(
                 f"{', '.join(names)} multiplies by the Gauss-Newton matrix of the batch: call step(Objective(outputs="
@@ -256,8 +276,12 @@ class Engine:
             part.judge(self.groups[group]["extra"], self.groups[group], before, after)
 
     def gradients(self, plan: Plan) -> list[Tensor | None]:
-        """The gradient of each parameter, checked."""
-        gradients = [p.tensor.grad for p in plan.parameters]
+        """The gradient of each parameter, or its part on this rank, checked; all ranks agree on which there are."""
+        gradients = [None if p.tensor.grad is None else self._placed(p) for p in plan.parameters]
+        if plan.owners is not None:
+            present = [g for g in gradients if g is not None]
+            finite = self.groups[0]["nonfinite"] == "ignore" or all_finite(present, self.work)
+            gradients = plan.owners.agree(gradients, [p.part for p in plan.parameters], finite)
         for p, g in zip(plan.parameters, gradients):
             if g is None:
                 continue
@@ -271,6 +295,49 @@ class Engine:
                 self.forget()
         return gradients
 
+    @staticmethod
+    def _placed(p: Parameter) -> Tensor:
+        """The gradient of a parameter as it lies here: placed like the parameter, which a sum over ranks may not be."""
+        g: Any = p.tensor.grad
+        if p.tensor is not p.part and g.placements != p.tensor.placements:  # type: ignore[attr-defined]
+            g = g.redistribute(p.tensor.device_mesh, p.tensor.placements)  # type: ignore[attr-defined]
+        return local(g)
+
+    def gather(self, plan: Plan, gradients: list[Tensor | None]) -> list[Tensor | None]:
+        """The gradients, with those of whole blocks that this rank owns behind them."""
+        if plan.owners is None:
+            return gradients
+        return plan.owners.collect(gradients, self.groups, self._wide)
+
+    def _wide(self, p: Parameter) -> Tensor:
+        """The part of a parameter on this rank in the work dtype and in all the precision that there is."""
+        part = real(p.part)
+        if part.dtype not in HALF:
+            return part
+        mode = self.groups[p.group]["rounding"]
+        extra = self.state[p.tensor].get(rounding.EXTRA.get(mode, ""))
+        wide = torch.empty_like(part, dtype=work_dtype(part.dtype))
+        rounding.load(wide, part, None if extra is None else local(extra), mode)
+        return wide
+
+    def _second(self, plan: Plan) -> list[Work]:
+        """What is left to do where the parameters of whole blocks lie, with the directions of their owners."""
+        assert plan.owners is not None
+        directions, news = plan.owners.hand_out()
+        found = []
+        for bucket in (bucket for bucket in plan.buckets if bucket.half == "second"):
+            alike: dict[tuple[int, bool, float], list[int]] = {}
+            for i, block, owners in bucket.members():
+                if block.key in news:
+                    told = news[block.key]
+                    alike.setdefault((plan.counts[owners[0].home] + 1, told.held, told.rate), []).append(i)
+            for (step, _, _), rows in alike.items():
+                for piece in bucket.slices if len(rows) == len(bucket.blocks) else self.cut_all(bucket, rows):
+                    told_all = [news[block.key] for block in piece.blocks]
+                    w = Work(piece, bucket, step, piece.gradients(directions), self._awake(bucket), news=told_all)
+                    found.append(w)
+        return found
+
     def _finite(
         self, plan: Plan, gradients: Sequence[Tensor | None], active: Sequence[int], curvature: Mapping[int, Tensor]
     ) -> bool:
@@ -280,9 +347,14 @@ class Engine:
             return True
         present = [g for g in gradients if g is not None] + list(curvature.values())
         active = [*active, *curvature]
-        if all_finite(present, self.work):
+        if plan.owners is None:
+            if all_finite(present, self.work):
+                return True
+        elif plan.owners.finite and all_finite(list(curvature.values()), self.work):
             return True
         names = list(dict.fromkeys(plan.parameters[active[i]].name for i in culprits(present)))
+        if plan.owners is not None:
+            names = list(dict.fromkeys(name for theirs in plan.owners.ranks.tell(names) for name in theirs))
         what = "gradient or curvature" if curvature else "gradient"
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         if policy == "raise":
@@ -308,17 +380,24 @@ class Engine:
 
     def _ballot(self, plan: Plan, gradients: Sequence[Tensor | None], active: Sequence[int]) -> Ballot:
         """What the parts that may refuse the step find in its gradients; nothing is changed."""
-        ballot = Ballot(self.groups, plan.buckets)
+        ballot = Ballot(self.groups, plan.uses)
         for w in self.schedule(plan, gradients, active) if ballot else ():
             for part in (part for part in w.parts if part.gauges):
-                ballot.add(part, part.gauge(self.batch(w), self.groups[w.bucket.group]))
+                ballot.add(part, part.gauge(self.batch(w), self.groups[w.bucket.group]), self.counts(w))
+        if ballot:
+            ballot.join(self.ranks)
         return ballot
+
+    def counts(self, w: Work) -> bool:
+        """Whether what a slice adds to global sums is added by this rank, and not by one that has a copy."""
+        owners = self.bind_current().owners
+        return owners is None or owners.counts(w.slice.pieces[0][0], w.bucket.half)
 
     def _check_groups(self, plan: Plan) -> None:
         """Structure is fixed: a changed static key, or a momentum that was zero, is an error and not ignored."""
-        for bucket in plan.buckets:
-            for part in bucket.parts.checking:
-                part.check(self.groups[bucket.group])
+        for number, parts in plan.uses:
+            for part in parts.checking:
+                part.check(self.groups[number])
         for index, group in enumerate(self.groups):
             for source, name, item in self.binder.declared(index):
                 meta = item.metadata
@@ -340,11 +419,11 @@ class Engine:
         if len(active) == len(plan.parameters):
             return active
         waiting: set[int] = set()
-        for bucket in plan.buckets:
-            for _, block, owners in bucket.members() if bucket.parts.layer_io else ():
-                have = [p.index for p in owners if gradients[p.index] is not None]
-                if 0 < len(have) < len(owners):
-                    self.count(block, "incomplete")
+        for entry in plan.entries.values():
+            if entry.parts.layer_io:
+                have = [p.index for p in entry.owners if gradients[p.index] is not None]
+                if 0 < len(have) < len(entry.owners):
+                    self.count(entry.block, "incomplete")
                     waiting.update(have)
         return [i for i in active if i not in waiting]
 
@@ -355,10 +434,10 @@ class Engine:
         active: Sequence[int],
         probed: Sequence[Tensor | None] | None = None,
     ) -> list[Work]:
-        """The slices to run: whole buckets where every row is active and at one step, else rows by step."""
+        """The slices to run first: whole buckets where every row is active and at one step, else rows by step."""
         together = len(active) == len(plan.parameters) and len(set(plan.counts)) == 1
         found = []
-        for bucket in plan.buckets:
+        for bucket in (bucket for bucket in plan.buckets if bucket.half != "second"):
             parts = self._awake(bucket)
             by_step: dict[int, Sequence[int]] = {plan.counts[0] + 1: range(len(bucket.blocks))}
             if not together:
@@ -378,7 +457,7 @@ class Engine:
         found: dict[int, list[int]] = {}
         for i, _, owners in bucket.members():
             if all(gradients[p.index] is not None for p in owners):
-                found.setdefault(plan.counts[owners[0].index] + 1, []).append(i)
+                found.setdefault(plan.counts[owners[0].home] + 1, []).append(i)
         return dict(found)
 
     def cut(self, bucket: Bucket, rows: Sequence[int]) -> Slice:
@@ -402,14 +481,13 @@ class Engine:
         h = self.groups[bucket.group]
         return tuple(part for part in bucket.parts if not part.idle(h))
 
-    def _run(self, works: list[Work]) -> None:
+    def _run(self, works: Sequence[Work], stages: Sequence[tuple[Part, ...]] = ()) -> None:
         """Run all slices. Those with global sums go in stages, so that a total is complete before any part sees it."""
-        staged = [w for w in works if any(part.has_sums and part.needs.evaluations == 1 for part in w.parts)]
-        for number, w in enumerate(staged):
+        waiting = [w for w in works if any(part in stage for stage in stages for part in w.parts)]
+        for number, w in enumerate(waiting):
             w.batch = self._begin(w, tag=f".{number}")
         totals: Totals = {}
-        waiting = staged
-        while waiting:
+        for stage in (*stages, ()):
             for w in waiting:
                 if not w.scratch.started and not any(part.has_sums and part not in totals for part in w.left):
                     w.scratch.tag = ""  # it runs to its end at once: scratch need not be its own
@@ -417,10 +495,18 @@ class Engine:
                 if w.ended:  # at once: the working copies of half-precision parameters share their scratch
                     self._finish(w)
             waiting = [w for w in waiting if not w.ended]
-            totals |= self._sums(waiting)
+            totals |= self._sums(stage, waiting)
         for w in works:
             if w.batch is None:
                 self._run_one(w)
+
+    def _stages(self, plan: Plan) -> list[tuple[Part, ...]]:
+        """The parts with global sums that are awake, in the order of their totals."""
+        awake = (
+            [p for p in parts if p.has_sums and p.needs.evaluations == 1 and not p.idle(self.groups[group])]
+            for group, parts in plan.uses
+        )
+        return stages([parts for parts in awake if parts])
 
     def _run_one(self, w: Work) -> None:
         h = self.groups[w.bucket.group]
@@ -429,8 +515,8 @@ class Engine:
             w.bucket.kernel.run(w.slice.p, w.gradients, w.slice.state, h, step, w.bucket.scales)
             return
         w.batch = self._begin(w)
-        fresh = w.batch.seen is not None or w.batch.curvature is not None
-        if self.compiled is not None and w.step > 2 and not fresh:
+        eager = w.unusual or w.batch.seen is not None or w.batch.curvature is not None
+        if self.compiled is not None and w.step > 2 and not eager:
             self.unpack(w)
             rows = self._open(w, w.batch)
             w.batch.ticks = self.compiled.run(w.slice, w.parts, w.batch, rows, h, w.step)
@@ -438,26 +524,29 @@ class Engine:
             self._advance(w, {})
         self._finish(w)
 
-    def _sums(self, waiting: Sequence[Work]) -> Totals:
-        """Global sums of the parts that every slice with them has reached."""
-        reached = {w.parts[w.position] for w in waiting}
-        ready = {part for part in reached if all(w.parts[w.position] == part for w in waiting if part in w.left)}
-        if waiting and not ready:
-            raise ValueError(f"global sums in an order that differs between groups: {', '.join(map(repr, reached))}")
-        found: Totals = {}
-        for w in waiting:
-            part = w.parts[w.position]
-            if part in ready and w.batch is not None:
+    def _sums(self, stage: Sequence[Part], waiting: Sequence[Work]) -> Totals:
+        """The totals of one stage, over all slices and ranks."""
+        mine: dict[int, tuple[set[int], Mapping[str, Tensor]]] = {}
+        at = {part: [w for w in waiting if w.parts[w.position] == part] for part in stage}
+        for number, part in enumerate(stage):
+            sums: Totals = {part: {}}
+            for w in at[part]:
+                assert w.batch is not None
                 if any(slot.layout == "param" for slot in part.slots(w.slice.blocks[0]).values()):
                     self.unpack(w)
-                self.add(found, part, part.sums(w.batch, w.slice.state, self.groups[w.bucket.group]))
-        for part in ready:
+                values = part.sums(w.batch, w.slice.state, self.groups[w.bucket.group])
+                self.add(sums, part, values if self.counts(w) else {})
+            if at[part]:
+                mine[number] = ({w.bucket.group for w in at[part]}, sums[part])
+        found: Totals = {}
+        for number, (groups, total) in sorted(join(self.ranks, mine).items()) if stage else ():
+            part = stage[number]
+            found[part] = dict(total)
             if part.multiplies:
-                found[part]["products"] = self._products(part, [w for w in waiting if w.parts[w.position] == part])
-        for part, total in found.items():
-            groups = sorted({w.bucket.group for w in waiting if w.parts[w.position] == part}, reverse=True)
-            for group in {self.groups[i]["recipe"] if part.joint else i: self.groups[i] for i in groups}.values():
-                part.combine(total, group["extra"], group)
+                found[part]["products"] = self._products(part, at[part])
+            ordered = sorted(groups, reverse=True)
+            for group in {self.groups[i]["recipe"] if part.joint else i: self.groups[i] for i in ordered}.values():
+                part.combine(found[part], group["extra"], group)
         return found
 
     def _products(self, part: Part, works: Sequence[Work]) -> Tensor:
@@ -495,6 +584,8 @@ class Engine:
         if w.slice.leads:
             for part in w.parts:
                 part.begin(w.slice.state, self.groups[w.bucket.group], w.step)
+        if w.news:
+            w.unusual = heed(batch, w.news)
         return batch
 
     def batch(self, w: Work, tag: str = "") -> Batch:
@@ -503,17 +594,22 @@ class Engine:
         piece.gather()
         place = w.scratch = Scratch(tag)
 
+        ascends = group["maximize"] and w.bucket.half != "second"  # where a direction comes, it has been turned
+
         def gradient(g: Rows, name: str) -> Rows:
-            if not group["maximize"] and all(row.dtype == piece.work for row in g.list):
+            if not ascends and all(row.dtype == piece.work for row in g.list):
                 return g
             converted = piece.scratch(f"{name}{tag}", work).copy_(g)
-            return converted.neg_() if group["maximize"] else converted
+            return converted.neg_() if ascends else converted
 
         def scratch(name: str) -> Rows:
             place.started = True
             return piece.scratch(f"{name}{place.tag}", work)
 
         def read() -> Rows:
+            if w.bucket.blind:
+                names = ", ".join(type(part).__name__ for part in w.parts)
+                raise TypeError(f"one of {names} reads x.p and does not say so: define its reads_parameter")
             return self._load(piece, f"parameter{place.tag}") if piece.half else piece.p
 
         x = Batch(
@@ -557,6 +653,8 @@ class Engine:
         if w.unpacked:
             w.slice.pack(w.step)
         w.slice.scatter()
+        if w.bucket.half == "first":
+            self.bind_current().owners.tell(w.slice.blocks, x)  # type: ignore[union-attr]
         self.collect(w.slice, x)
 
     def unpack(self, w: Work) -> None:
@@ -588,7 +686,8 @@ class Engine:
 
     def _close(self, w: Work, rows: Rows) -> None:
         mode = self.groups[w.bucket.group]["rounding"]
-        generator = w.batch.generator(f"round{w.slice.span}") if mode == "stochastic" and w.batch else None
+        salt = f"round{w.slice.span}{w.bucket.place}"
+        generator = w.batch.generator(salt) if mode == "stochastic" and w.batch else None
         for p, row, extra in zip(w.slice.p.list, rows.list, self._extras(w.slice, mode)):
             rounding.store(p, row, extra, mode, generator)
         if mode == "nearest":
@@ -596,7 +695,7 @@ class Engine:
 
     @staticmethod
     def _extras(piece: Slice, mode: str) -> Sequence[Tensor | None]:
-        name = {"compensated": "comp", "master": "master"}.get(mode)
+        name = rounding.EXTRA.get(mode)
         return piece.state[name].list if name else [None] * len(piece.p)
 
     def view(self, w: Work, piece: Slice) -> Batch:
@@ -627,36 +726,7 @@ class Engine:
                 log.warning("%s at step %d: %s", name, self.groups[0]["steps"] + 1, LOGGED[counter])
             counts[counter] += times
 
-    # -- constraints, counters --------------------------------------------------------------------
-
-    def _constrain(self, plan: Plan, gradients: Sequence[Tensor | None]) -> None:
-        coupled = [i for i, recipe in enumerate(self.recipes) if recipe.couples]
-        if coupled and self.process_group is not None:
-            self._join_notes()
-        named = {p.name: p for p in plan.parameters} if coupled else {}
-        for index in coupled:
-            recipe = self.recipes[index]
-            blocks = [block for p in plan.parameters if p.group == index for block in p.blocks]
-            for constraint in recipe.constraints(blocks):
-                missing = [name for name in constraint.names if name not in named]
-                if missing:
-                    raise ValueError(f"a constraint of {recipe.label} names {missing[0]!r}, which is no parameter here")
-                members = [named[name] for name in constraint.names]
-                if all(gradients[p.index] is not None for p in members):
-                    more = [named.get(name) for name in constraint.optional]
-                    tensors = [p and p.tensor.detach() for p in (*members, *more)]
-                    notes = self.notes.get(constraint.note, {})
-                    constraint.apply(tensors, self.groups[members[0].group], notes)
-
-    def _join_notes(self) -> None:
-        """The largest notes of all ranks."""
-        dist = torch.distributed
-        theirs: list[Any] = [None] * dist.get_world_size(self.process_group)
-        mine = {kind: {name: value.cpu() for name, value in notes.items()} for kind, notes in self.notes.items()}
-        dist.all_gather_object(theirs, mine, group=self.process_group)
-        for notes in theirs:
-            for kind, values in notes.items():
-                self.note(kind, values)
+    # -- notes, counters --------------------------------------------------------------------
 
     def note(self, kind: str, values: Mapping[str, Tensor]) -> None:
         """Keep the largest value noted since the last step, elementwise, by the module's name without wrappers."""

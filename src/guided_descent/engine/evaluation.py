@@ -16,6 +16,7 @@ from guided_descent.engine.binding import Plan
 from guided_descent.engine.buckets import Parameter
 from guided_descent.engine.guard import forbid_while_evaluating
 from guided_descent.engine.state import work_dtype
+from guided_descent.parallel.boxes import assign, local
 
 if TYPE_CHECKING:
     from guided_descent.engine.engine import Engine
@@ -48,7 +49,8 @@ def evaluation_weights(engine: Engine) -> dict[int, Tensor]:
             w, x = engine.look(bucket, piece)
             x.w = engine.working_copy(w)
             part.evaluate(x, piece.state, engine.groups[bucket.group])
-            for view, row in zip(piece.gradients(found).list, x.w.list):
+            parts = [None if value is None else local(value) for value in found]
+            for view, row in zip(piece.gradients(parts).list, x.w.list):
                 view.copy_(row)
     return {index: value for index, value in enumerate(found) if value is not None}
 
@@ -111,4 +113,5 @@ def keep(engine: Engine, plan: Plan, live: Mapping[int, Tensor | None]) -> None:
         p = plan.parameters[index].tensor
         engine.state[p].pop(LIVE, None)
         if value is not None:
-            engine.state[p][LIVE] = value.detach().to(p.device, p.dtype, copy=True)
+            engine.state[p][LIVE] = torch.empty_like(p, requires_grad=False)
+            assign(engine.state[p][LIVE], value.detach())

@@ -16,18 +16,18 @@ def check_joint(plan: Plan, groups: Sequence[Mapping[str, Any]]) -> None:
         ValueError: They do not; the message names the number, its values and the groups.
     """
     first: dict[tuple[str, type[Part]], tuple[int, Part]] = {}
-    for bucket in plan.buckets:
-        for part in bucket.parts.joint:
-            label = groups[bucket.group]["recipe"]
-            index, other = first.setdefault((label, type(part)), (bucket.group, part))
-            if index == bucket.group and part == other:
+    for number, parts in plan.uses:
+        for part in parts.joint:
+            label = groups[number]["recipe"]
+            index, other = first.setdefault((label, type(part)), (number, part))
+            if index == number and part == other:
                 continue
-            here, there = part.agrees(groups[bucket.group]), other.agrees(groups[index])
+            here, there = part.agrees(groups[number]), other.agrees(groups[index])
             differ = [name for name in here if here[name] != there[name]]
             if differ or part != other:
                 name = differ[0] if differ else "its structure"
                 values = f" ({there[name]!r} and {here[name]!r})" if differ else ""
                 raise ValueError(
-                    f"{name} of {label} differs between the param groups {index} and {bucket.group}{values}: what "
+                    f"{name} of {label} differs between the param groups {index} and {number}{values}: what "
                     "they estimate is one for all of them; give it once, to the optimizer"
                 )

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from guided_descent.capture import Capture, LayerIO
 from guided_descent.capture.tap import Fisher
 from guided_descent.engine.binding import Plan
-from guided_descent.engine.buckets import Bucket
 from guided_descent.engine.refresh import phases
+from guided_descent.parallel.boxes import local
 from guided_descent.parts.base import Part
 from guided_descent.routing.roles import Block
 
@@ -81,14 +81,14 @@ class Observer:
 
     def _parts(self, block: Block, number: int) -> list[Part]:
         """The parts that want to see a block's layer in the passes before update ``number``."""
-        bucket, _ = self.engine.bind_current().places.get(block.key, (None, 0))
-        if bucket is None:
+        entry = self.engine.bind_current().entries.get(block.key)
+        if entry is None:
             return []
-        h = self.engine.groups[bucket.group]
-        wanting = (part for part in bucket.parts if part.needs.layer_io and part.observes(h, number))
-        return [part for part in wanting if self._turn(part, part.turns(h), block, bucket, number)]
+        h = self.engine.groups[entry.group]
+        wanting = (part for part in entry.parts if part.needs.layer_io and part.observes(h, number))
+        return [part for part in wanting if self._turn(part, part.turns(h), block, number)]
 
-    def _turn(self, part: Part, turns: int, block: Block, bucket: Bucket, number: int) -> bool:
+    def _turn(self, part: Part, turns: int, block: Block, number: int) -> bool:
         """Whether it is a block's turn; blocks of all groups take turns together."""
         if turns == 1 or number == 1:
             return True
@@ -97,9 +97,7 @@ class Observer:
             self.turns = plan, {}
         found = self.turns[1]
         if (part, turns) not in found:
-            costs = {
-                b.key: part.capture_flops(b) for other in plan.buckets if part in other.parts for b in other.blocks
-            }
+            costs = {key: part.capture_flops(entry.block) for key, entry in plan.entries.items() if part in entry.parts}
             found[part, turns] = phases(costs, turns)
         return (number - 1) % turns == found[part, turns][block.key]
 
@@ -141,21 +139,23 @@ class Observer:
 
     @torch.no_grad()
     def _observe(self, layer: str, io: LayerIO) -> None:
-        places = self.engine.bind_current().places
+        plan = self.engine.bind_current()
         number = self.engine.groups[0]["steps"] + 1
         for block in self.blocks.get(layer, ()):
-            if block.key not in places:  # frozen until now: its first statistics come with the next pass
+            if block.key not in plan.entries:  # frozen until now: its first statistics come with the next pass
                 self.reached.add(block.key)
                 continue
-            bucket, i = places[block.key]
-            state = {name: stack[i] for name, stack in bucket.stacks.items()}
+            state: dict[str, Tensor] = {}
+            if block.key in plan.places:  # else another rank has it, and no part of it reads it here
+                bucket, i = plan.places[block.key]
+                state = {name: stack[i] for name, stack in bucket.stacks.items()}
             for part in self._parts(block, number):
                 part.observe(
                     self.seen.setdefault(block.key, {}),
                     _part_of(io, block, self.users[block.key]),
                     state,
                     block,
-                    self.engine.groups[bucket.group],
+                    self.engine.groups[plan.entries[block.key].group],
                 )
 
     def _check_unseen(self) -> None:
@@ -165,10 +165,10 @@ class Observer:
         self.reached |= {key for key, sums in self.seen.items() if sums}
         for layer in sorted(self.watched):
             for block in self.blocks[layer]:
-                bucket, i = self.engine.bind_current().places.get(block.key, (None, 0))
-                if block.key in self.reached or bucket is None:
+                entry = self.engine.bind_current().entries.get(block.key)
+                if block.key in self.reached or entry is None:
                     continue
-                grads = [p.tensor.grad for p in bucket.owners[i] if p.tensor.grad is not None]
+                grads = [local(p.tensor.grad) for p in entry.owners if p.tensor.grad is not None]
                 if any(bool(g.any()) for g in grads):
                     raise RuntimeError(
                         f"{block.pieces[0].name!r} has a gradient, but its layer {layer!r} was not called in the "

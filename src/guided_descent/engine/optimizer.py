@@ -23,6 +23,7 @@ from guided_descent.engine.persistence import load, pack
 from guided_descent.engine.policies import POLICIES
 from guided_descent.engine.rounding import ROUNDINGS
 from guided_descent.engine.state import state_bytes
+from guided_descent.parallel.sharing import Sharing
 from guided_descent.parts.base import Part
 from guided_descent.parts.wrapper import Wrapper
 from guided_descent.recipes.base import Recipe
@@ -57,6 +58,7 @@ class Optimizer(torch.optim.Optimizer):
         workspace_mb: Bound of the scratch memory in MiB; a single larger matrix may exceed it, and parts with global
             sums hold all their directions at once.
         seed: Seed of every random draw.
+        sharing: How ranks divide the work.
     """
 
     _engine: Engine
@@ -70,6 +72,7 @@ class Optimizer(torch.optim.Optimizer):
         carried: Sequence[tuple[Wrapper, ...]] = (),
         workspace_mb: float = 64.0,
         seed: int = 0,
+        sharing: Sharing | None = None,
     ) -> None:
         self._recipes: list[Recipe] = []
         self._typed = True
@@ -83,7 +86,16 @@ class Optimizer(torch.optim.Optimizer):
         self.defaults.update(ENGINE_KEYS)
         self._recipes.extend(recipes)
         self._typed = False
-        binder = Binder(self.param_groups, self.state, self._recipes, blocks, tuple(add), self._carried, workspace_mb)
+        binder = Binder(
+            self.param_groups,
+            self.state,
+            self._recipes,
+            blocks,
+            tuple(add),
+            self._carried,
+            workspace_mb,
+            sharing or Sharing(),
+        )
         self._engine = Engine(binder)
         self._engine.bind()
 
@@ -302,16 +314,19 @@ class Optimizer(torch.optim.Optimizer):
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     @_disable_dynamo
+    @torch.no_grad()
     def state_dict(self) -> StateDict:
         """State and groups in torch's layout: tensors, numbers, strings and lists only; loads with ``weights_only``.
 
-        Parameter-shaped tensors are the live ones, as in torch; factors and counters are copies.
+        Parameter-shaped tensors are the live ones, as in torch; factors and counters are copies. Where ranks share the
+        work it is collective: every rank calls it, and what an owner holds alone leaves in parts, as ``DTensor`` where
+        the parameters are, so that ``torch.distributed.checkpoint`` can save it and load it on any number of ranks.
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         self._engine.bind()
         self._engine.refresher.settle()
-        packed = pack(self.param_groups, self.state)
+        packed = pack(self._engine)
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, packed)
             packed = packed if changed is None else changed

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from guided_descent.engine import evaluation
+from guided_descent.engine.binding import Plan, stored_slots
 from guided_descent.engine.rounding import rounding_slots
+from guided_descent.engine.state import work_dtype
+from guided_descent.parallel.boxes import assign, is_dtensor
+from guided_descent.parallel.owners import Job
+from guided_descent.parallel.saving import Placed, Store, prove_equal
+from guided_descent.parts.base import Slot
 from guided_descent.routing.names import canonical_name
 
 if TYPE_CHECKING:
@@ -34,11 +40,14 @@ class Saved:
     state: Mapping[str, Any]
 
 
-def pack(groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]) -> dict[str, Any]:
-    """Groups and state with parameters replaced by their numbers, rows of stacks as tensors of their own."""
+def pack(engine: Engine) -> dict[str, Any]:
+    """Groups and state with parameters replaced by their numbers, rows of stacks as tensors of their own.
+
+    Where ranks share the work it is collective, and what lies at owners leaves in parts.
+    """
     numbers: dict[int, int] = {}
     packed_groups = []
-    for group in groups:
+    for group in engine.groups:
         for p in group["params"]:
             numbers[id(p)] = len(numbers)
         packed = {key: value for key, value in group.items() if key != "params"}
@@ -48,13 +57,49 @@ def pack(groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str
         packed_groups.append(packed)
     packed_state = {
         numbers[id(p)]: {key: _own(value) for key, value in values.items()}
-        for p, values in state.items()
+        for p, values in _gathered(engine).items()
         if id(p) in numbers and values
     }
     return {"state": dict(sorted(packed_state.items())), "param_groups": packed_groups}
 
 
+def _gathered(engine: Engine) -> Mapping[Tensor, Mapping[str, Any]]:
+    """The state, with that of owners in the place of what only they have."""
+    plan = engine.bind()
+    if plan.owners is None:
+        return engine.state
+    plan.owners.check()
+    store = _store(engine, plan)
+    placed = store.leave(engine.state)
+    found = dict(engine.state)
+    for p in plan.parameters:
+        if p.tensor in found:
+            loose = {k: v for k, v in found[p.tensor].items() if k not in store.raw.get(p.index, ())}
+            found[p.tensor] = loose | placed.get(p.index, {})
+    named = {
+        f"state {key!r} of {p.name!r}": value for p in plan.parameters for key, value in found.get(p.tensor, {}).items()
+    }
+    named |= {
+        f"{key!r} of param group {i}": v for i, group in enumerate(engine.groups) for key, v in group["extra"].items()
+    }
+    prove_equal(plan.owners.ranks, named)
+    return found
+
+
+def _store(engine: Engine, plan: Plan) -> Store:
+    """What lies at the owners of a plan."""
+    assert plan.owners is not None
+
+    def stored(job: Job) -> Mapping[str, Slot]:
+        like = torch.empty((), dtype=work_dtype(job.entry.owners[0].part.dtype))
+        return stored_slots(job.halves.first, job.block, engine.groups[job.entry.group], like)[0]
+
+    return Store(plan.owners, stored)
+
+
 def _own(value: Any) -> Any:
+    if is_dtensor(value):
+        return value
     whole = isinstance(value, Tensor) and value.untyped_storage().nbytes() == value.numel() * value.element_size()
     return value if whole or not isinstance(value, Tensor) else value.clone()
 
@@ -71,6 +116,8 @@ def load(engine: Engine, state_dict: Mapping[str, Any]) -> None:
             "with the model, rules and recipe of the checkpoint"
         )
     plan = engine.bind()
+    if plan.owners is not None:
+        plan.owners.check()
     saved = _read(state_dict["state"], saved_groups)
     pairs = _match([(p.name, p.group) for p in plan.parameters], saved)
     order = {p.group: entry.group for p, entry in zip(plan.parameters, pairs)}
@@ -90,11 +137,14 @@ def load(engine: Engine, state_dict: Mapping[str, Any]) -> None:
             engine.state[p.tensor] = {}
             engine.forget()
     plan = engine.bind()
+    store = None if plan.owners is None else _store(engine, plan)
+    placed: Placed = {} if store is None else store.empty()
     live = evaluation.loaded(engine, plan, mode, {p.index: entry.state for p, entry in zip(plan.parameters, pairs)})
     for p, entry in zip(plan.parameters, pairs):
         if not entry.state:
             continue
-        own = engine.state[p.tensor]
+        raw = () if store is None else store.raw.get(p.index, ())
+        own = {k: v for k, v in engine.state[p.tensor].items() if k not in raw} | placed.get(p.index, {})
         steps[p.index] = int(entry.state.get("step", 0))
         optional = set(rounding_slots(engine.groups[p.group]["rounding"], p.tensor.dtype))
         for key, value in own.items():
@@ -106,7 +156,7 @@ def load(engine: Engine, state_dict: Mapping[str, Any]) -> None:
                 raise ValueError(
                     f"the state of {p.name!r} in the state dict lacks {key!r}; it has {', '.join(entry.state)}"
                 )
-            given = torch.as_tensor(entry.state[key])
+            given = entry.state[key] if is_dtensor(entry.state[key]) else torch.as_tensor(entry.state[key])
             if given.shape != value.shape:
                 raise ValueError(
                     f"state {key!r} of {p.name!r} has shape {tuple(given.shape)} in the state dict and "
@@ -121,7 +171,9 @@ def load(engine: Engine, state_dict: Mapping[str, Any]) -> None:
                 f"{engine.recipes[p.group].label} does not keep (it keeps {', '.join(own)})"
             )
     for own_tensor, given in copies:
-        own_tensor.copy_(given)
+        assign(own_tensor, given)
+    if store is not None:
+        store.enter(engine.state, placed)
     evaluation.keep(engine, plan, live)
     for index, count in steps.items():
         plan.counts[index] = count

@@ -164,12 +164,12 @@ class Refresher:
         kind = (policy.period, policy.crowded)
         if kind not in plan.phases:
             costs: dict[str, float] = {}
-            for bucket in plan.buckets:
-                for part in bucket.parts:
-                    other = part.policy(self.engine.groups[bucket.group])
+            for entry in plan.entries.values():
+                for part in entry.parts:
+                    other = part.policy(self.engine.groups[entry.group])
                     if (other.period, other.crowded) == kind:
-                        for block in bucket.blocks:
-                            costs |= {name_of(block, task): spec.flops for task, spec in part.tasks(block).items()}
+                        block = entry.block
+                        costs |= {name_of(block, task): spec.flops for task, spec in part.tasks(block).items()}
             plan.phases[kind] = phases(costs, *kind)
         return plan.phases[kind]
 

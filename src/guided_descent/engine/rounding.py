@@ -13,8 +13,9 @@ from torch import Tensor
 from guided_descent.parts.base import Slot
 
 ROUNDINGS = ("nearest", "stochastic", "compensated", "master")
-#: State that some mode keeps.
-NAMES = frozenset({"comp", "master"})
+#: The state that a mode keeps.
+EXTRA = {"compensated": "comp", "master": "master"}
+NAMES = frozenset(EXTRA.values())
 
 
 def rounding_slots(mode: str, dtype: torch.dtype) -> dict[str, Slot]:

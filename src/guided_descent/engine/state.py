@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from guided_descent.parallel.boxes import assign, is_dtensor, like, local
 from guided_descent.parts.base import Slot
 from guided_descent.routing.roles import Block
 
@@ -38,18 +39,20 @@ def param_slot(state: MutableMapping[str, Any], name: str, p: Tensor, slot: Slot
     if p.is_complex():
         dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
     old = state.get(name)
-    if isinstance(old, Tensor) and old.shape == p.shape:
+    if isinstance(old, Tensor) and old.shape == p.shape and is_dtensor(old) == is_dtensor(p):
         if old.device != p.device or (slot.dtype is None and old.dtype != dtype):
             old = old.to(p.device, dtype if slot.dtype is None else old.dtype)
             state[name] = old
         return old
-    if isinstance(old, Tensor) and used:
+    if isinstance(old, Tensor) and used and old.shape != p.shape:
         raise ValueError(
             f"state {name!r} has shape {tuple(old.shape)} but its parameter now has {tuple(p.shape)}: build a new "
             "optimizer for the new shapes, or load the checkpoint that belongs to them"
         )
     fill = complex(slot.fill, slot.fill) if p.is_complex() else slot.fill  # a complex number is a pair of reals
-    made = torch.full_like(p, fill, dtype=dtype, requires_grad=False)
+    made = like(torch.full_like(local(p), fill, dtype=dtype, requires_grad=False), p)
+    if isinstance(old, Tensor) and used:
+        assign(made, old)  # of a parameter that has been sharded since, or is whole again
     state[name] = made
     return made
 
@@ -61,5 +64,5 @@ def real(tensor: Tensor) -> Tensor:
 
 
 def state_bytes(state: MutableMapping[str, Any]) -> int:
-    """Bytes of the tensors in one parameter's state."""
-    return sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, Tensor))
+    """Bytes of the tensors in one parameter's state on this rank."""
+    return sum(local(v).numel() * v.element_size() for v in state.values() if isinstance(v, Tensor))

@@ -378,6 +378,11 @@ class Part:
     def check(self, h: Hyper) -> None:
         """Raise ValueError where it cannot work with these numbers; called before a step changes anything."""
 
+    @property
+    def reads_parameter(self) -> bool:
+        """Whether ``update``, ``sums`` or ``probe`` reads ``x.p``, so that sharded parameters are brought together."""
+        return False
+
     def begin(self, s: State, h: Hyper, step: int) -> None:
         """Advance scalar state, once for each block and step, before ``update`` sees any cut of its tensors."""
 
@@ -444,6 +449,11 @@ class Part:
         ``labels``: the gradient of the mean loss at labels drawn from the model, of which there are ``x.labels``.
         """
         return ""
+
+    @property
+    def observes_state(self) -> bool:
+        """Whether ``observe`` reads the state, which every rank must then hold."""
+        return False
 
     def observes(self, h: Hyper, step: int) -> bool:
         """Whether it wants to see the layers, or the curvature, in the passes that lead to update number ``step``."""

@@ -252,6 +252,11 @@ class RowClip(Part):
     head: bool = False
 
     @property
+    def reads_parameter(self) -> bool:
+        """For the norms of its rows."""
+        return True
+
+    @property
     def keys(self) -> tuple[str, ...]:
         """Group keys it reads."""
         return (self.clip, self.floor)
@@ -415,6 +420,11 @@ class KlClip(Part):
     lr: str = "lr"
     signed: bool = False
     coupled: str = ""
+
+    @property
+    def reads_parameter(self) -> bool:
+        """Where decay is a part of the gradient."""
+        return bool(self.coupled)
 
     @property
     def keys(self) -> tuple[str, ...]:

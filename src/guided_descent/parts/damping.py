@@ -204,6 +204,11 @@ class QuadraticStep(Part):
     exact: bool = False
 
     @property
+    def reads_parameter(self) -> bool:
+        """Where decay is a part of the model."""
+        return bool(self.coupled)
+
+    @property
     def keys(self) -> tuple[str, ...]:
         """Group keys it reads."""
         return (self.damping, *([self.coupled] if self.coupled else []))

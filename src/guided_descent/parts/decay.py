@@ -23,6 +23,11 @@ class L2(Part):
     weight_decay: str = "weight_decay"
 
     @property
+    def reads_parameter(self) -> bool:
+        """As the decay."""
+        return True
+
+    @property
     def keys(self) -> tuple[str, ...]:
         """Group keys it reads."""
         return (self.weight_decay,)

@@ -150,6 +150,11 @@ class ProdigyMoments(Adapted):
     safeguard: bool = False
 
     @property
+    def reads_parameter(self) -> bool:
+        """For the way from the start."""
+        return True
+
+    @property
     def keys(self) -> tuple[str, ...]:
         """Group keys it reads."""
         return (*super().keys, self.betas, self.eps)
@@ -330,6 +335,11 @@ class DAdaptDual(Adapted):
     growth: str = "growth_rate"
 
     @property
+    def reads_parameter(self) -> bool:
+        """For the way from the start."""
+        return True
+
+    @property
     def keys(self) -> tuple[str, ...]:
         """Group keys it reads."""
         return (*super().keys, self.momentum)
@@ -390,6 +400,11 @@ class DistanceOverGradients(Distance):
     eps: str = "eps"
     weighted: bool = False
 
+    @property
+    def reads_parameter(self) -> bool:
+        """For the way from the start."""
+        return True
+
     def slots(self, block: Block) -> dict[str, Slot]:
         """The start, and the scalars."""
         return super().slots(block) | {"p0": Slot()}
@@ -435,6 +450,11 @@ class DistanceByLayer(Part):
     unit: ClassVar[Unit] = "block"
     first: str = "r_eps"
     eps: str = "eps"
+
+    @property
+    def reads_parameter(self) -> bool:
+        """For the way from the start."""
+        return True
 
     @property
     def keys(self) -> tuple[str, ...]:

@@ -186,6 +186,11 @@ class BoundUpdate(Part):
     floor: str = ""
 
     @property
+    def reads_parameter(self) -> bool:
+        """For its size."""
+        return bool(self.floor)
+
+    @property
     def keys(self) -> tuple[str, ...]:
         """Group keys it reads."""
         return (self.limit, self.floor) if self.floor else (self.limit,)

@@ -31,6 +31,11 @@ class LarsRatio(Part):
     clip: bool = False
 
     @property
+    def reads_parameter(self) -> bool:
+        """For its norm and the decay."""
+        return True
+
+    @property
     def keys(self) -> tuple[str, ...]:
         """Group keys it reads."""
         return (self.eta, self.weight_decay, self.eps, self.lr)
@@ -66,6 +71,11 @@ class TrustRatio(Part):
     unit: ClassVar[Unit] = "block"
     clip: bool = False
 
+    @property
+    def reads_parameter(self) -> bool:
+        """For its norm."""
+        return True
+
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Measure and scale."""
         u = x.take()
@@ -90,6 +100,11 @@ class NormMoments(Part):
     betas: str = "betas"
     eps: str = "eps"
     weight_decay: str = "weight_decay"
+
+    @property
+    def reads_parameter(self) -> bool:
+        """For the decay."""
+        return True
 
     @property
     def keys(self) -> tuple[str, ...]:

@@ -244,6 +244,11 @@ class PreviousPoint(Part):
     slot: ClassVar[str] = "clip"
     needs: ClassVar[Needs] = Needs(evaluations=2, apart=True)
 
+    @property
+    def reads_parameter(self) -> bool:
+        """To remember it."""
+        return True
+
     def slots(self, block: Block) -> dict[str, Slot]:
         """The last parameters."""
         return {"previous_param": Slot()}

@@ -71,6 +71,11 @@ class ScaledAscent(Ascent):
     eta: str = "asam_eta"
 
     @property
+    def reads_parameter(self) -> bool:
+        """As the size of the neighbourhood."""
+        return True
+
+    @property
     def keys(self) -> tuple[str, ...]:
         """Group keys it reads."""
         return (self.rho, self.eta)

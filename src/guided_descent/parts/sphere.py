@@ -24,6 +24,11 @@ class Radius(Part):
     slot: ClassVar[str] = "clip"
     unit: ClassVar[Unit] = "block"
 
+    @property
+    def reads_parameter(self) -> bool:
+        """For its norm."""
+        return True
+
     def slots(self, block: Block) -> dict[str, Slot]:
         """The norm."""
         return {"radius": Slot("factor", (block.batch,) if _stacked(block) else ())}

@@ -180,6 +180,8 @@ class Constraint:
         note: The kind of notes that it reads.
         module: The module whose note it reads.
         optional: Parameters that it takes where they exist, ``None`` where not.
+        multiplies: Whether all it does is to multiply elements by numbers in which no element has a part, so that it
+            can be applied to parts of tensors.
     """
 
     names: tuple[str, ...]
@@ -187,3 +189,4 @@ class Constraint:
     note: str = ""
     module: str = ""
     optional: tuple[str, ...] = ()
+    multiplies: bool = False

@@ -128,7 +128,7 @@ class MuonClip(Moonlight):
     def constraints(self, blocks: Sequence[Block]) -> Sequence[Constraint]:
         """QK-clip for every attention module whose queries and keys are here."""
         return [
-            Constraint(clip.names, clip, note="max_logits", module=clip.module, optional=clip.biases)
+            Constraint(clip.names, clip, note="max_logits", module=clip.module, optional=clip.biases, multiplies=True)
             for clip in qk_clips(tuple(blocks), self.shared_keys)
         ]
 

@@ -34,6 +34,11 @@ class Ekfac(Kfac):
     carries: str = "second_moment"
 
     @property
+    def observes_state(self) -> bool:
+        """The basis in which it sees gradients."""
+        return True
+
+    @property
     def keys(self) -> tuple[str, ...]:
         """Group keys it reads."""
         return (*super().keys, self.carries)

@@ -157,6 +157,11 @@ class InverseFree(Reading):
     staggered: bool = False
 
     @property
+    def observes_state(self) -> bool:
+        """The roots with which it turns what it sees."""
+        return True
+
+    @property
     def keys(self) -> tuple[str, ...]:
         """Group keys it reads."""
         return (*super().keys, self.damping, self.factor_lr, self.motion)
