@@ -46,8 +46,8 @@ class Plan:
 
 def stored_slots(
     parts: Parts, block: Block, group: Mapping[str, Any], tensor: Tensor
-) -> tuple[dict[str, Slot], dict[str, bool]]:
-    """All state of a block as it is stored, and which of it is packed, with signs or without."""
+) -> tuple[dict[str, Slot], dict[str, packing.Form]]:
+    """All state of a block as it is stored, and which of it is packed, and how."""
     slots = parts.slots(block)
     packed = packing.choose(parts, slots, group["state_dtype"], tensor)
     stored = packing.declare(slots, packed, block) | rounding.rounding_slots(group["rounding"], tensor.dtype)
@@ -239,7 +239,8 @@ class Binder:
                 scales = (block.lr_scale, block.wd_scale, block.eps_scale, *(x.wd_scale for x in block.pieces))
                 shape = block.shape if parts.unit == "matrix" else ()
                 factors = tuple((n, slot.shape) for n, slot in slots.items() if slot.layout == "factor")
-                key = (p.group, parts, p.tensor.dtype, p.tensor.device, scales, shape, factors)
+                held = tuple(packed.items())
+                key = (p.group, parts, p.tensor.dtype, p.tensor.device, scales, shape, factors, held)
                 if key not in buckets:
                     loop = group["foreach"] is False
                     buckets[key] = Bucket(p.group, parts, p.tensor.dtype, p.tensor.device, slots, packed, loop)
@@ -248,6 +249,10 @@ class Binder:
                 bucket.blocks.append(block)
                 bucket.owners.append([self._owner(named, block, name) for name in block.names])
                 places[block.key] = (bucket, len(bucket.blocks) - 1)
+        for index, group in enumerate(self.groups):
+            own = [block for p in live if p.group == index for block in p.blocks]
+            if own and group["state_dtype"]:
+                packing.check_names(group["state_dtype"], [self.parts(index, block).slots(block) for block in own])
         for bucket in buckets.values():
             self._allocate(bucket)
             if bucket.stacked:

@@ -63,7 +63,7 @@ class Slot:
         copies: Whether a ``param`` slot holds, when its parameter's first update begins, a copy of the parameter.
         basis: How a geometry that changes its basis carries the slot along: a ``vector`` is rotated, a ``square`` of
             coordinates follows by permutation, ``none`` stays.
-        packs: How a ``param`` slot may be held in 8 bits, with errors of some percent of each element: ``signed``, or
+        packs: How a ``param`` slot may be held in few bits, with errors of some percent of each element: ``signed``, or
             ``unsigned`` where it is never negative. The default keeps it whole: say, what differences are taken of.
     """
 
