@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_walks import Counting, net, walk
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from walks import Counting, net, walk
 
 from guided_descent.averaging import EMA, evaluating
 from guided_descent.averaging import shadows as shadows_module

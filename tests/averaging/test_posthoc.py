@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from random_walks import Counting, close, net, through_file, walk, walked
 from torch import nn
-from walks import Counting, close, net, through_file, walk, walked
 
 from guided_descent.averaging import (
     PostHocEMA,

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from plain import Counting, make, parameter
+from small_optimizers import Counting, make, parameter
 from torch.optim.lr_scheduler import LRScheduler
 
 from guided_descent.schedules import Schedule, accepted_steps, constant, cosine, linear, wsd

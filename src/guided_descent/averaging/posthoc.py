@@ -27,7 +27,7 @@ _RCOND = 1e-12
 _POOR = 0.05
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Synthesis:
     """An average made of snapshots; a source for ``evaluating`` and ``export``.
 

@@ -542,15 +542,15 @@ def _law(
 
 
 def _momenta(optimizer: Optimizer, high: float) -> list[tuple[str, int | None]]:
-    """Make ``high`` the peak of every momentum; return the keys, with the index of the first beta."""
+    """Make ``high`` the peak of every momentum that is not 0; return the keys, with the index of the first beta."""
     found: dict[tuple[str, int | None], None] = {}
     for group in optimizer.param_groups:
         if group.get("momentum"):
             group["initial_momentum"] = high
             found["momentum", None] = None
-        if group.get("betas"):
+        if group.get("betas") and group["betas"][0]:
             group["initial_betas"] = (high, *group["betas"][1:])
             found["betas", 0] = None
     if not found:
-        raise ValueError("no group has a momentum above 0 or betas to cycle; pass momentum=None to leave them alone")
+        raise ValueError("no group has a momentum or a first beta above 0 to cycle; pass momentum=None to leave them")
     return list(found)

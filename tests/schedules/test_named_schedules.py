@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import pytest
 import torch
-from plain import driven, make
+from small_optimizers import driven, make
 
 from guided_descent import schedules
 from guided_descent.schedules import Tokens, curves
@@ -273,7 +273,7 @@ def test_the_timescale_of_the_power_law():
         (lambda o: schedules.power(o, 10, timescale=-1), "timescale=-1"),
         (lambda o: schedules.one_cycle(o, 10, rise=10), "rise=10 is 10 steps"),
         (lambda o: schedules.one_cycle(o, 10, momentum=(0.9, 0.8)), r"momentum=\(0\.9, 0\.8\)"),
-        (lambda o: schedules.one_cycle(o, 10), "no group has a momentum above 0"),
+        (lambda o: schedules.one_cycle(o, 10), "no group has a momentum or a first beta above 0"),
         (lambda o: schedules.one_cycle(o, 10, start=2), "floor=2"),
         (lambda o: schedules.trapezoid(o, 10, stages={5: 2.0}), "5 is outside the stable part, from 0 to below 4"),
         (lambda o: schedules.trapezoid(o, 10, stages={1: 0.0}), r"0\.0 must be a multiplier above 0"),
@@ -287,3 +287,15 @@ def test_the_timescale_of_the_power_law():
 def test_impossible_settings_say_why(build, match):
     with pytest.raises(ValueError, match=match):
         build(make())
+
+
+def test_a_momentum_of_zero_stays_where_it_is():
+    p, q = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    opt = torch.optim.AdamW([{"params": [p], "betas": (0.0, 0.9)}, {"params": [q]}], lr=0.1)
+    schedule = schedules.one_cycle(opt, 20)
+    assert opt.param_groups[1]["betas"] == (0.95, 0.999)
+    with pytest.raises(ValueError, match="no group has a momentum or a first beta above 0"):
+        schedules.one_cycle(torch.optim.AdamW([p], betas=(0.0, 0.9)), 20)
+    opt.step()
+    schedule.step()
+    assert opt.param_groups[0]["betas"] == (0.0, 0.9)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from plain import driven, make
+from small_optimizers import driven, make
 
 from guided_descent import schedules
 from guided_descent.schedules import Tokens, branch, curves

@@ -7,7 +7,7 @@ import io
 
 import pytest
 import torch
-from plain import driven, make, numbers
+from small_optimizers import driven, make, numbers
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -127,19 +127,23 @@ def test_the_scheduled_decay_is_what_the_step_uses():
         assert p[0].item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("early", [True, False], ids=["compiled first", "scheduled first"])
 @pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
-def test_scheduled_numbers_need_no_new_graph(name):
+def test_scheduled_numbers_need_no_new_graph(name, early):
     torch._dynamo.reset()
     counters.clear()
     more = {"momentum": 0.9} if name == "sgd" else {}
     models = [net(), net()]
     made = [gd.optimizer(name, model, lr=0.02, weight_decay=0.1, **more) for model in models]
-    made[0].compile(backend="eager")
+    if early:
+        made[0].compile(backend="eager")
     all_of_them = []
     for opt in made:
         rate = one_cycle(opt, 50, rise=0.3)
         decay = Schedule(opt, curves.rise(50, floor=0.1, shape="cosine"), key="weight_decay")
         all_of_them.append(Together(*rate.schedules, decay))
+    if not early:
+        made[0].compile(backend="eager")
     train(made[0], models[0], [all_of_them[0]], 4)
     settled = counters["stats"]["unique_graphs"]
     assert settled

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from walks import close, net, walk
+from random_walks import close, net, walk
 
 from guided_descent import averaging
 from guided_descent.averaging import ramps

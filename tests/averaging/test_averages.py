@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_walks import Counting, close, net, through_file, walk, walked, weighted
 from torch import nn
-from walks import Counting, close, net, through_file, walk, walked, weighted
 
 import guided_descent as gd
 from guided_descent.averaging import EMA, LAWA, SWA, PolynomialAverage, PowerEMA, evaluating, export, ramps
