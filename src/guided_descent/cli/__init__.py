@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import typer
 
 from guided_descent.bench.pool import Stopped
-from guided_descent.cli import look, work
+from guided_descent.cli import look, plan, work
 from guided_descent.cli.common import app, command_line
 from guided_descent.cli.errors import OK, explain_error, say, terminate_as_exception
 
-__all__ = ["app", "look", "run", "work"]
+__all__ = ["app", "look", "plan", "run", "work"]
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
