@@ -142,6 +142,25 @@ def fails_later(seed: int) -> Problem:
     return problem
 
 
+def frozen(seed: int) -> Problem:
+    """The task of the frozen runs: weights and batches are written down, no generator is asked for them."""
+    model = nn.Linear(4, 2)
+    with torch.no_grad():
+        model.weight.copy_(torch.arange(8.0).view(2, 4) / 8)
+        model.bias.zero_()
+    x = torch.arange(32.0).view(8, 4) / 32
+    return Problem(
+        model=model,
+        loss=lambda model, rows: (model(x[rows]) - 1).square().mean(),
+        batches=[torch.arange(4), torch.arange(4, 8)],
+        evaluate=lambda model: {"error": (model(x) - 1).square().mean().item()},
+        steps=12,
+        metric="error",
+        eval_every=4,
+        data="written down",
+    )
+
+
 def rows(out: Path, ref: str, spec: OptimizerSpec = ADAMW) -> tuple[list[dict], list[dict]]:
     """Train and eval rows of seed 0 without the clocks."""
     metrics = read_metrics(RunStore(out).path(ref, spec.label, 0) / "metrics.jsonl")
