@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -93,16 +93,11 @@ class Ranks:
 
 
 class Ddp(Ranks):
-    """The ranks of torch's default group, which hold the same parameters and see a part of each batch.
+    """The ranks of a process group, which hold the same parameters and see a part of each batch."""
 
-    Raises:
-        BenchError: The group does not work on the CPU.
-    """
-
-    def __init__(self) -> None:
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        if "gloo" not in dist.get_backend():
-            raise BenchError(f"parallel='ddp' needs the backend gloo, and the process group has {dist.get_backend()!r}")
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def wrap(self, problem: Problem) -> nn.Module:
         """The model within DistributedDataParallel; buffers are those of rank 0.
@@ -113,7 +108,9 @@ class Ddp(Ranks):
         devices = sorted({p.device.type for p in problem.model.parameters()})
         if devices != ["cpu"]:
             raise ProblemError(f"parallel='ddp' runs on the CPU and the model is on {', '.join(devices)}")
-        return DistributedDataParallel(problem.model, find_unused_parameters=self._unused(problem))
+        return DistributedDataParallel(
+            problem.model, process_group=self.group, find_unused_parameters=self._unused(problem)
+        )
 
     def _unused(self, problem: Problem) -> bool:
         """Whether the loss of the first batch leaves out a parameter."""
@@ -145,36 +142,36 @@ class Ddp(Ranks):
     def mean(self, value: Tensor) -> Tensor:
         """One message."""
         total = value.detach().double().reshape(1)
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.group)
         return (total / self.size).to(value.dtype).reshape(())
 
     def agree(self, signal: int | None) -> int | None:
         """The largest number, so that SIGTERM (15) counts more than SIGINT (2)."""
         largest = torch.tensor([signal or 0])
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
         return int(largest) or None
 
     def told(self, tree: Any) -> Any:
         """A message of bytes, without pickle, of which the length comes before."""
         data = to_bytes(tree) if self.lead else b""
         length = torch.tensor([len(data)])
-        dist.broadcast(length, 0)
+        dist.broadcast(length, 0, group=self.group)
         message = _tensor(data) if self.lead else torch.empty(int(length), dtype=torch.uint8)
-        dist.broadcast(message, 0)
+        dist.broadcast(message, 0, group=self.group)
         return tree if self.lead else from_bytes(message.numpy().tobytes())
 
     def gather(self, tree: Any) -> list[Any]:
         """Messages of bytes, each padded to the longest."""
         data = to_bytes(tree)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(data)]))
+        dist.all_gather(lengths, torch.tensor([len(data)]), group=self.group)
         longest = max(map(int, lengths))
         theirs = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(theirs, _tensor(data.ljust(longest, b"\0")))
+        dist.all_gather(theirs, _tensor(data.ljust(longest, b"\0")), group=self.group)
         return [from_bytes(message[: int(n)].numpy().tobytes()) for n, message in zip(lengths, theirs, strict=True)]
 
 
-MODES: dict[str, type[Ranks]] = {"ddp": Ddp}
+MODES: dict[str, Callable[[dist.ProcessGroup], Ranks]] = {"ddp": Ddp}
 
 
 def _tensor(data: bytes) -> Tensor:
@@ -189,10 +186,10 @@ def launched() -> tuple[int, int] | None:
 
 @contextmanager
 def enter(parallel: str | None) -> Iterator[Ranks]:
-    """The ranks of a run; the process group is made and ended here unless there is one.
+    """The ranks of a run; torch's process group is made and ended here unless there is one.
 
     Raises:
-        BenchError: The mode is unknown, or no launcher has started the ranks.
+        BenchError: The mode is unknown, no launcher has started the ranks, or they do not find each other.
         PeerLost: Another rank ended inside.
     """
     if parallel is None:
@@ -207,10 +204,17 @@ def enter(parallel: str | None) -> Iterator[Ranks]:
                 f"parallel={parallel!r} needs ranks: start the same command with torchrun --nproc-per-node 2 -m "
                 f"guided_descent train ... --parallel {parallel}"
             )
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        try:
+            dist.init_process_group("gloo")
+        except (RuntimeError, ValueError) as error:
+            raise BenchError(
+                f"the ranks of this run cannot meet ({short(error)}); check how they were started"
+            ) from error
     try:
-        yield MODES[parallel]()
-        dist.barrier()  # nobody leaves while others wait for an answer
+        group = dist.new_group(timeout=PATIENCE, backend="gloo")
+        yield MODES[parallel](group)
+        dist.barrier(group)  # nobody leaves while others wait for an answer
+        dist.destroy_process_group(group)
     except Exception as error:
         if peer_lost(error):
             raise PeerLost(f"the connection to another rank was lost ({short(error)}); look for its message") from error
