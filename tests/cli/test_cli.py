@@ -128,6 +128,16 @@ def test_train(cli, tmp_path):
     assert Path(document["folder"]).is_dir()
 
 
+def test_train_keeps_what_it_is_told_to(cli, tmp_path):
+    options = ["--checkpoint-every", 1, "--keep", 3, "--keep-best", 1, "--async-checkpoints", "--micro-batches", 2]
+    code, out, err = cli("train", TASK, "--out", tmp_path, "--json", *options, *TINY)
+    assert code == 0, err
+    document = json.loads(out)
+    assert document["config"]["micro_batches"] == 2
+    steps = {int(path.name[5:]) for path in tmp_path.rglob("step-*")}
+    assert steps == {4, 5, 6, document["result"]["best_step"]}
+
+
 def test_a_diverged_training_fails_with_1(cli, tmp_path):
     code, out, _ = cli("train", TASK, "-o", "sgd:lr=1e30", "--out", tmp_path, "--steps", 30)
     assert code == 1
@@ -213,6 +223,10 @@ def test_version(cli):
         (["train", "no_such_module:make"], ["no module 'no_such_module'"]),
         (["train", "nope"], ["unknown workload 'nope'", "lm-source"]),
         (["train", TASK, "--steps", "0"], ["--steps", "0 is too small", "1 or more"]),
+        (["train", TASK, "--keep", "0"], ["--keep", "0 is too small", "1 or more"]),
+        (["train", TASK, "--micro-batches", "7"], ["cannot be divided into 7 equal parts, only into 2, 4"]),
+        (["train", TASK, "--parallel", "fsdp"], ["--parallel", "'fsdp' is unknown, it must be ddp"]),
+        (["train", TASK, "--parallel", "ddp"], ["needs ranks", "torchrun --nproc-per-node 2 -m guided_descent train"]),
         (["compare", TASK, "--seeds", "-3"], ["-3 is too small"]),
         (["compare", TASK, "--workers", "two"], ["--workers", "valid integer"]),
         (["trian"], ["'trian'", "'train'"]),
@@ -280,7 +294,7 @@ def test_a_damaged_checkpoint_is_named_and_fresh_starts_again(cli, tmp_path):
     flip(tensors[-1])
     code, _, err = cli(*train)  # an earlier checkpoint is intact: a warning, and the run goes on
     assert code == 0
-    assert "looking for an earlier one" in err
+    assert "step 6 (damaged: tensors.safetensors does not match its checksum); going on from step 4" in err
     result.unlink()
     for path in tmp_path.rglob("tensors.safetensors"):
         flip(path)
