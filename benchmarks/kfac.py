@@ -34,7 +34,7 @@ from torch.nn import functional as F
 import guided_descent as gd
 from guided_descent.bench.models import ByteGPT
 from guided_descent.parts.geometry.singd import STRUCTURES
-from step_time import largest_task
+from step_time import largest_task, percentile
 
 RESULTS = Path(__file__).parent / "results" / "kfac.json"
 Task = tuple[nn.Module, Callable[[nn.Module], Tensor], str]
@@ -128,7 +128,7 @@ def _share(row: dict[str, Any]) -> str:
 
 def tail(values: list[float]) -> float:
     """99th percentile over the mean."""
-    return sorted(values)[min(len(values) - 1, round(0.99 * len(values)))] / statistics.mean(values)
+    return percentile(values, 0.99) / statistics.mean(values)
 
 
 def run(name: str, rounds: int, block: int) -> list[dict[str, Any]]:

@@ -79,8 +79,8 @@ def fed(optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> Callabl
 
 
 def percentile(values: list[float], share: float) -> float:
-    """The smallest value that is not below this share of all."""
-    return sorted(values)[min(len(values) - 1, round(share * len(values)))]
+    """The smallest value that is not below this share of all, by nearest rank."""
+    return sorted(values)[math.ceil(share * len(values)) - 1]
 
 
 def largest_task(optimizer: gd.Optimizer) -> float:

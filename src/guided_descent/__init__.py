@@ -1,6 +1,6 @@
 """guided-descent: train neural networks with the best optimization known."""
 
-from guided_descent import averaging, capture, parts, recipes, routing, schedules, solvers
+from guided_descent import averaging, capture, curvature, parts, recipes, routing, schedules, solvers
 from guided_descent.averaging import evaluating
 from guided_descent.build import RoutedOptimizer, build, class_of, optimizer
 from guided_descent.catalogue import describe, list_optimizers
@@ -178,6 +178,7 @@ __all__ = [
     "averaging",
     "build",
     "capture",
+    "curvature",
     "describe",
     "evaluating",
     "explain",

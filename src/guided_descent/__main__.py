@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-NEEDED = ("typer", "rich", "numpy", "scipy")
+NEEDED = ("typer", "rich", "numpy", "scipy", "safetensors")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

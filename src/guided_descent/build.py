@@ -59,8 +59,9 @@ class RoutedOptimizer(Optimizer):
         add: Wrappers and parts added to every recipe; the numbers of wrappers become keys of every group.
         nonfinite: ``skip``, ``raise`` or ``ignore`` a step with a non-finite gradient.
         rounding: How half-precision parameters take updates: ``nearest``, ``stochastic``, ``compensated``, ``master``.
-        state_dtype: ``8bit`` to hold the averages of elementwise methods in 8 bits, see ``engine.packing``; tensors of
-            less than 4096 elements, complex ones and the state of matrix methods stay as they are.
+        state_dtype: ``8bit`` or ``bfloat16`` to hold the averages of elementwise methods so, see ``engine.packing``; or
+            by slot, as ``{"exp_avg": "bfloat16", "exp_avg_sq": "8bit"}``. Tensors of less than 4096 elements, complex
+            ones and the state of matrix methods stay as they are.
         maximize: Ascend instead of descend.
         foreach: False for the plain loop over tensors.
         fused: False to leave out torch's fused kernels.

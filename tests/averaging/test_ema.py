@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_walks import Counting, net, walk
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,32 +18,10 @@ from guided_descent.averaging import EMA, evaluating
 from guided_descent.averaging import shadows as shadows_module
 
 
-class Counting(torch.optim.SGD):
-    """An optimizer that counts accepted steps and can be told to skip."""
-
-    skip = False
-    steps = 0
-
-    def step(self, closure=None):
-        if not self.skip:
-            self.steps += 1
-
-
 def closed_form(history, decay):
     """sum_s d^(t-s) w_s / sum_s d^(t-s), directly in float64."""
     weights = [decay ** (len(history) - 1 - s) for s in range(len(history))]
     return sum(a * w.double() for a, w in zip(weights, history)) / sum(weights)
-
-
-@torch.no_grad()
-def walk(model, generator):
-    for p in model.parameters():
-        p += 0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
-
-
-def net(dtype=torch.float32):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).to(dtype)
 
 
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])

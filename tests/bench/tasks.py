@@ -63,6 +63,63 @@ def noisy(seed: int) -> Problem:
     )
 
 
+def smooth(seed: int) -> Problem:
+    """Float64, 12 rows, a mean over rows, nothing random: parts of a batch add up to the batch."""
+    g = torch.Generator().manual_seed(seed)
+    x, labels = torch.randn(60, 5, generator=g, dtype=torch.float64), torch.randint(3, (60,), generator=g)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    return Problem(
+        model=model,
+        loss=lambda model, rows: F.cross_entropy(model(x[rows]), labels[rows]),
+        batches=lambda step: torch.arange(12) + 12 * (step % 5),
+        evaluate=lambda model: {"error": F.cross_entropy(model(x), labels).item()},
+        steps=16,
+        metric="error",
+        eval_every=4,
+        clip=1.0,
+        outputs=lambda model, rows: model(x[rows]),
+        targets=lambda rows: labels[rows],
+        likelihood="cross_entropy",
+    )
+
+
+def astray(seed: int) -> Problem:
+    """``smooth``, but the loss goes past the model that it is given, in which ranks join their gradients."""
+    problem = smooth(seed)
+    inner, own = problem.loss, problem.model
+    problem.loss = lambda model, batch: inner(own, batch)
+    return problem
+
+
+def apart(seed: int) -> Problem:
+    """``smooth`` with first weights that depend on the rank."""
+    problem = smooth(seed)
+    with torch.no_grad():
+        next(problem.model.parameters()).add_(int(os.environ.get("RANK", "0")))
+    return problem
+
+
+def summed(seed: int) -> Problem:
+    """``smooth`` with a sum over rows for a loss, and a parameter that it does not use."""
+    problem = smooth(seed)
+    inner = problem.loss
+    problem.model.register_parameter("unused", nn.Parameter(torch.zeros(2, dtype=torch.float64)))
+    problem.loss = lambda model, rows: inner(model, rows) * len(rows)
+    problem.outputs = problem.targets = problem.likelihood = None
+    return problem
+
+
+def half(seed: int) -> Problem:
+    """``noisy`` in bfloat16."""
+    problem = noisy(seed)
+    problem.model.to(torch.bfloat16)
+    inner = problem.loss
+    problem.loss = lambda model, batch: inner(model, tuple(t.bfloat16() for t in batch)).float()
+    x = torch.linspace(-1, 1, 48, dtype=torch.bfloat16).view(8, 6)
+    problem.evaluate = lambda model: {"error": model(x).float().square().mean().item()}
+    return problem
+
+
 def waiting(seed: int) -> Problem:
     """``noisy``, but its evaluation at step 14 waits for a file named ``go`` and says so in a file ``waiting``."""
     problem = noisy(seed)
@@ -140,6 +197,25 @@ def fails_later(seed: int) -> Problem:
     problem = plain()
     problem.loss = lambda m, x: m(x).sum() * (1 / 0 if float(x[0, 0]) == 2 else 1)
     return problem
+
+
+def frozen(seed: int) -> Problem:
+    """The task of the frozen runs: weights and batches are written down, no generator is asked for them."""
+    model = nn.Linear(4, 2)
+    with torch.no_grad():
+        model.weight.copy_(torch.arange(8.0).view(2, 4) / 8)
+        model.bias.zero_()
+    x = torch.arange(32.0).view(8, 4) / 32
+    return Problem(
+        model=model,
+        loss=lambda model, rows: (model(x[rows]) - 1).square().mean(),
+        batches=[torch.arange(4), torch.arange(4, 8)],
+        evaluate=lambda model: {"error": (model(x) - 1).square().mean().item()},
+        steps=12,
+        metric="error",
+        eval_every=4,
+        data="written down",
+    )
 
 
 def rows(out: Path, ref: str, spec: OptimizerSpec = ADAMW) -> tuple[list[dict], list[dict]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import shutil
@@ -21,6 +22,7 @@ from guided_descent.bench.store import (
     RunResult,
     RunStore,
     ScheduleSpec,
+    metrics_fault,
     read_metrics,
     read_run,
     slug,
@@ -56,7 +58,9 @@ def test_a_run_that_format_1_wrote_reads_for_ever(out):
 
 def test_the_keys_of_the_files_are_the_documented_ones(out):
     config, result = read_json(out / FOLDER / "config.json"), read_json(out / FOLDER / "result.json")
-    assert list(config) == ["format", *(f.name for f in dataclasses.fields(RunConfig))]
+    added = ["micro_batches", "parallel", "ranks"]  # since, with a value that means what there was before
+    assert [*config, *added] == ["format", *(f.name for f in dataclasses.fields(RunConfig))]
+    assert [getattr(read_run(out / FOLDER).config, name) for name in added] == [1, None, 1]
     assert list(result) == ["format", *(f.name for f in dataclasses.fields(RunResult))]
     lines = [json.loads(line) for line in (out / FOLDER / "metrics.jsonl").read_text().splitlines()]
     assert lines[0] == {"format": 1, "kind": "header"}
@@ -68,8 +72,8 @@ def test_the_keys_of_the_files_are_the_documented_ones(out):
 
 def test_today_s_runs_have_the_golden_keys(out, tmp_path):
     train_torch("tasks:plain", tmp_path / "new", ADAMW)
-    for name in ("config.json", "result.json"):
-        assert list(read_json(tmp_path / "new" / FOLDER / name)) == list(read_json(out / FOLDER / name))
+    for name, added in (("config.json", ["micro_batches", "parallel", "ranks"]), ("result.json", [])):
+        assert list(read_json(tmp_path / "new" / FOLDER / name)) == [*read_json(out / FOLDER / name), *added]
     pairs = zip(*((folder / FOLDER / "metrics.jsonl").open() for folder in (tmp_path / "new", out)), strict=True)
     assert all(list(json.loads(a)) == list(json.loads(b)) for a, b in pairs)
 
@@ -132,7 +136,8 @@ def test_the_writer_cuts_what_came_after_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
     writer = MetricsWriter(path, 0)
     writer.write({"kind": "train", "step": 1, "loss": math.nan, "seconds": 0.123456789})
-    length = writer.sync()
+    length, checksum = writer.sync()
+    assert checksum == hashlib.sha256(path.read_bytes()).hexdigest()
     writer.write({"kind": "train", "step": 2, "loss": 1.0})
     writer.close()
     writer = MetricsWriter(path, length)
@@ -145,6 +150,13 @@ def test_the_writer_cuts_what_came_after_the_checkpoint(tmp_path):
     ]
     with pytest.raises(BenchError, match="lost rows that its checkpoint counts on"):
         MetricsWriter(path, 10_000)
+    length = path.stat().st_size
+    right = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert metrics_fault(path, length, right) is None
+    assert metrics_fault(path, length, None) is None
+    assert "do not match their checksum" in metrics_fault(path, length - 1, right)
+    assert "lost rows" in metrics_fault(path, length + 1, right)
+    assert "lost rows" in metrics_fault(tmp_path / "nothing", 1, None)
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):

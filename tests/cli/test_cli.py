@@ -14,6 +14,7 @@ import pytest
 
 import guided_descent
 from guided_descent.cli import run
+from guided_descent.schedules import curves, sketch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TASK = "my_task:make"
@@ -84,6 +85,37 @@ def test_explain(cli):
     assert recipes["2.bias"] == "adamw"
 
 
+def test_schedule(cli, tmp_path):
+    code, out, err = cli("schedule")
+    assert (code, err) == (0, "")
+    for name in [*curves.FUNCTIONS, "wsd", "trapezoid", "noam", "one_cycle"]:
+        assert f"{name}(" in out
+    code, out, _ = cli("schedule", "--json")
+    assert len(json.loads(out)["curves"]) == len(curves.FUNCTIONS) + 4
+
+    chain = curves.warmup(20) >> curves.constant(780) >> curves.one_minus_sqrt(200)
+    code, out, _ = cli("schedule", "wsd(1000, warmup=0.02)", "0.5 * linear(100)", "--lr", 0.003)
+    assert code == 0
+    assert out.startswith(f"{chain!r}\n{sketch(chain, peak=0.003)}\n")
+    assert sketch(0.5 * curves.linear(100), peak=0.003) in out
+    code, out, _ = cli("schedule", "one_cycle(300)", "--json", "--lr", 2)
+    (row,) = json.loads(out)["schedules"]
+    assert row["curve"].startswith("rise(90, shape='cosine', floor=0.04) >> cosine(210, floor=")
+    assert row["points"][0] == [0, 0.08]
+    assert [at for at, _ in row["points"]] == sorted({round(i * 299 / 128) for i in range(129)})
+    assert all(lr == 2 * curves.parse(row["curve"])(at) for at, lr in row["points"])
+
+
+def test_schedule_in_tokens_and_as_a_picture(cli, tmp_path):
+    path = tmp_path / "schedule.png"
+    code, out, err = cli("schedule", "linear(1_000_000)", "--tokens-per-step", 4096, "--png", path)
+    assert (code, err) == (0, "")
+    assert "245 optimizer steps" in out
+    assert out.splitlines()[-1] == str(path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    refused(cli("schedule", "linear(9)", "--png", tmp_path / "no" / "x.png"), 4, "No such file")
+
+
 def test_train(cli, tmp_path):
     code, out, err = cli("train", TASK, "-o", "muon:lr=0.05,momentum=0.9", "--out", tmp_path, *TINY)
     assert code == 0, err
@@ -94,6 +126,16 @@ def test_train(cli, tmp_path):
     assert document["config"]["optimizer"]["hyper"] == {"lr": 0.05, "momentum": 0.9}
     assert document["result"]["status"] == "complete"
     assert Path(document["folder"]).is_dir()
+
+
+def test_train_keeps_what_it_is_told_to(cli, tmp_path):
+    options = ["--checkpoint-every", 1, "--keep", 3, "--keep-best", 1, "--async-checkpoints", "--micro-batches", 2]
+    code, out, err = cli("train", TASK, "--out", tmp_path, "--json", *options, *TINY)
+    assert code == 0, err
+    document = json.loads(out)
+    assert document["config"]["micro_batches"] == 2
+    steps = {int(path.name[5:]) for path in tmp_path.rglob("step-*")}
+    assert steps == {4, 5, 6, document["result"]["best_step"]}
 
 
 def test_a_diverged_training_fails_with_1(cli, tmp_path):
@@ -153,7 +195,7 @@ def test_help_teaches(cli):
     code, out, _ = cli()
     assert code == 0
     assert "Exit codes" in out
-    for command in ("list", "describe", "explain", "train", "compare", "tune", "report"):
+    for command in ("list", "describe", "explain", "schedule", "train", "compare", "tune", "report"):
         assert command in out
         code, text, _ = cli(command, "--help")
         assert code == 0
@@ -181,6 +223,10 @@ def test_version(cli):
         (["train", "no_such_module:make"], ["no module 'no_such_module'"]),
         (["train", "nope"], ["unknown workload 'nope'", "lm-source"]),
         (["train", TASK, "--steps", "0"], ["--steps", "0 is too small", "1 or more"]),
+        (["train", TASK, "--keep", "0"], ["--keep", "0 is too small", "1 or more"]),
+        (["train", TASK, "--micro-batches", "7"], ["cannot be divided into 7 equal parts, only into 2, 4"]),
+        (["train", TASK, "--parallel", "fsdp"], ["--parallel", "'fsdp' is unknown, it must be ddp"]),
+        (["train", TASK, "--parallel", "ddp"], ["needs ranks", "torchrun --nproc-per-node 2 -m guided_descent train"]),
         (["compare", TASK, "--seeds", "-3"], ["-3 is too small"]),
         (["compare", TASK, "--workers", "two"], ["--workers", "valid integer"]),
         (["trian"], ["'trian'", "'train'"]),
@@ -188,6 +234,13 @@ def test_version(cli):
         (["list", "--family", "nope"], ["'nope'", "spectral"]),
         (["compare", TASK, "--tuning", "missing.json"], ["missing.json", "No such file"]),
         (["tune", TASK, "-o", "adamw:lr=1"], ["without hyperparameters"]),
+        (["schedule", "warmpu(3)"], ["there is no curve 'warmpu'", "did you mean 'warmup'?"]),
+        (["schedule", "linear(3) >>"], ["cannot be read"]),
+        (["schedule", "linear(0)"], ["steps=0", "positive integer"]),
+        (["schedule", "wsd(10, warmup=9, cooldown=5)"], ["do not fit into total_steps=10"]),
+        (["schedule", "inverse_sqrt(5)"], ["has no end", "--steps"]),
+        (["schedule", "linear(5)", "--tokens-per-step", "0"], ["0 is too small"]),
+        (["schedule", "--steps", "5"], ["nothing to draw"]),
         (["report", "no/such/folder"], ["no comparison.json", "guided-descent compare --out"]),
     ],
 )
@@ -241,7 +294,7 @@ def test_a_damaged_checkpoint_is_named_and_fresh_starts_again(cli, tmp_path):
     flip(tensors[-1])
     code, _, err = cli(*train)  # an earlier checkpoint is intact: a warning, and the run goes on
     assert code == 0
-    assert "looking for an earlier one" in err
+    assert "step 6 (damaged: tensors.safetensors does not match its checksum); going on from step 4" in err
     result.unlink()
     for path in tmp_path.rglob("tensors.safetensors"):
         flip(path)

@@ -9,31 +9,13 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
+from small_optimizers import Counting, make, parameter
 from torch.optim.lr_scheduler import LRScheduler
 
 from guided_descent.schedules import Schedule, accepted_steps, constant, cosine, linear, wsd
 
 # torch's warnings about the order of calls must not appear
 pytestmark = pytest.mark.filterwarnings("error::UserWarning", "error::RuntimeWarning")
-
-
-class Counting(torch.optim.SGD):
-    """An optimizer that counts accepted steps, as this package's do, and can be told to skip one."""
-
-    skip = False
-
-    @property
-    def steps(self):
-        return self.param_groups[0].setdefault("steps", 0)
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        if self.skip:
-            return
-        steps = self.steps
-        super().step(closure)
-        self.param_groups[0]["steps"] = steps + 1
 
 
 class Wrapper(torch.optim.Optimizer):
@@ -48,17 +30,6 @@ class Wrapper(torch.optim.Optimizer):
 
     def step(self, closure=None):
         self.optimizer.step(closure)
-
-
-def parameter():
-    p = nn.Parameter(torch.ones(3, dtype=torch.float64))
-    p.grad = torch.zeros_like(p)
-    return p
-
-
-def make(lrs=(0.5, 0.02), cls=Counting, tensor=False):
-    groups = [{"params": [parameter()], "lr": torch.tensor(lr) if tensor else lr} for lr in lrs]
-    return cls(groups, lr=1.0)
 
 
 def lrs(opt):

@@ -14,18 +14,33 @@ Example:
 
 from guided_descent.engine.guard import is_evaluating
 
+from . import ramps
 from .ema import EMA
 from .evaluating import BufferSource, EvaluationSource, evaluating, export
+from .lawa import LAWA
 from .polynomial import PolynomialAverage
-from .running import RunningAverage
+from .posthoc import PostHocEMA, Synthesis, synthesize
+from .power import PowerEMA, gamma_to_sigma, sigma_to_gamma
+from .running import Average, RunningAverage
+from .swa import SWA
 
 __all__ = [
     "EMA",
+    "LAWA",
+    "SWA",
+    "Average",
     "BufferSource",
     "EvaluationSource",
     "PolynomialAverage",
+    "PostHocEMA",
+    "PowerEMA",
     "RunningAverage",
+    "Synthesis",
     "evaluating",
     "export",
+    "gamma_to_sigma",
     "is_evaluating",
+    "ramps",
+    "sigma_to_gamma",
+    "synthesize",
 ]

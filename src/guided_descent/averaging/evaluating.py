@@ -15,7 +15,7 @@ from guided_descent.engine.guard import forbid_while_evaluating, marked
 from guided_descent.routing.names import canonical_name
 
 from .normalization import reestimate, tracking_norms
-from .weights import Slot, check_names, check_shapes, local, slots_of
+from .weights import Slot, check_names, check_shapes, local, local_like, slots_of
 
 
 @runtime_checkable
@@ -101,7 +101,7 @@ def evaluating(model: nn.Module, source: Source, buffers: Buffers | None = None)
         _forbid_calls(stack, model, source, parameters)
         stack.callback(_write, live, saved)  # last in, first out: restored before anything is allowed again
         targets = [slot for slot in slots if slot.name in values]
-        _write([slot.tensor for slot in targets], [local(values[slot.name]) for slot in targets])
+        _write([slot.tensor for slot in targets], [local_like(values[slot.name], slot.tensor) for slot in targets])
         if buffers is not None and not isinstance(buffers, str):
             reestimate(model, norms.values(), buffers)
         yield model

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from .evaluating import EvaluationSource
 from .running import RunningAverage
 
 
@@ -22,13 +23,14 @@ class PolynomialAverage(RunningAverage):
         model: the module to average.
         gamma: 8 by default; 0 is the plain mean.
         optimizer: with it, only its accepted steps count (``optimizer.steps``); without, every call of ``update`` does.
+        source: averages what this evaluates, such as a schedule-free optimizer; None (default): the live weights.
         dtype: least precision of the shadows, float32 (default) or float64.
         start: accepted steps to let pass before averaging, 0 by default.
         buffers: whether to average floating-point buffers too, for ``evaluating(..., buffers="average")``.
 
     Raises:
         ValueError: a value out of range.
-        TypeError: ``optimizer`` does not count its accepted steps.
+        TypeError: ``optimizer`` does not count its accepted steps, or ``source`` evaluates nothing.
 
     Source: Shamir and Zhang 2013, 1212.1824; gamma as in Ivgi, Hinder and Carmon 2023, 2302.12022.
 
@@ -48,13 +50,14 @@ class PolynomialAverage(RunningAverage):
         *,
         gamma: float = 8.0,
         optimizer: Optimizer | None = None,
+        source: EvaluationSource | None = None,
         dtype: torch.dtype = torch.float32,
         start: int = 0,
         buffers: bool = False,
     ) -> None:
         if not 0 <= gamma < math.inf:
             raise ValueError(f"gamma={gamma}: must be a number >= 0, such as 8")
-        super().__init__(model, optimizer=optimizer, dtype=dtype, start=start, buffers=buffers)
+        super().__init__(model, optimizer=optimizer, source=source, dtype=dtype, start=start, buffers=buffers)
         self.gamma = float(gamma)
         self._ticks = 0
 
@@ -65,7 +68,7 @@ class PolynomialAverage(RunningAverage):
         self._ticks += elapsed
         return 1 - kept
 
-    def _settings(self) -> dict[str, float]:
+    def _settings(self) -> dict[str, float | str]:
         return {"gamma": self.gamma}
 
     def _progress(self) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,15 +63,17 @@ class Shadows:
         return {slot.name: t for slot, t in zip(self.slots, self.tensors, strict=True) if slot.is_buffer == buffers}
 
     @torch.no_grad()
-    def lerp_(self, rate: float, *, used: bool) -> None:
+    def lerp_(self, rate: float, *, used: bool, values: Mapping[str, Tensor] | None = None) -> None:
         """Move every shadow: a <- a + rate (w - a).
 
         Args:
             rate: in (0, 1]; at 1 the shadow becomes the weight exactly.
             used: whether the shadows hold anything; unused ones are made anew where the weights have changed place.
+            values: what to take in the place of live weights, by canonical name.
         """
-        self._adopt_unfrozen()
-        live = [local(slot.tensor) for slot in self.slots]
+        self.adopt_unfrozen()
+        taken = values or {}
+        live = [local(taken.get(slot.name, slot.tensor)) for slot in self.slots]
         layout = [(w.dtype, w.device, w.shape) for w in live]
         if layout != self._layout:  # the first call, or the model was moved, cast or sharded since
             self._settle(live, used)
@@ -85,7 +88,7 @@ class Shadows:
     def _zeros(self, tensor: Tensor) -> Tensor:
         return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, self.dtype), requires_grad=False)
 
-    def _adopt_unfrozen(self) -> None:
+    def adopt_unfrozen(self) -> None:
         """Give shadows to parameters that were frozen: their average so far is their (constant) value."""
         for slot in [slot for slot in self.frozen if slot.tensor.requires_grad]:
             self.frozen.remove(slot)

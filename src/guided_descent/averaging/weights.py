@@ -61,6 +61,30 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
+def local_like(value: Tensor, tensor: Tensor) -> Tensor:
+    """Return the part of a value that belongs to what this rank has of a tensor; a whole value is cut right here."""
+    mesh = getattr(tensor, "device_mesh", None)  # DTensor
+    if mesh is not None and not hasattr(value, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        placements = getattr(tensor, "placements", None)
+        value = distribute_tensor(value.to(tensor.device), mesh, placements, src_data_rank=None)
+    return local(value)
+
+
+def full(tensor: Tensor, wanted: bool) -> Tensor | None:
+    """Return a tensor whole and on the CPU, gathered from all ranks that hold parts; None where it is not wanted."""
+    gather = getattr(tensor, "full_tensor", None)  # DTensor
+    whole: Tensor = tensor if gather is None else gather()
+    return whole.cpu() if wanted else None
+
+
+def is_writer(tensor: Tensor) -> bool:
+    """Return whether this rank is the first of those that hold a tensor, and so the one that writes it."""
+    mesh = getattr(tensor, "device_mesh", None)
+    return mesh is None or not any(mesh.get_coordinate() or [1])
+
+
 def check_names(what: str, given: Iterable[str], expected: Iterable[str], *, complete: bool = True) -> None:
     """Check that names match.
 

@@ -1,4 +1,4 @@
-"""The pictures of a comparison as PNG: curves by step and by time, final values with every seed."""
+"""Pictures as PNG: of a comparison, by step, by time and final values with every seed; and of schedules."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from guided_descent.bench.tables import metric_label
+from guided_descent.schedules import Curve
 
 COLOURS = ("#3b6fd4", "#d9822b", "#0f8a68", "#b5488e", "#6c55c9", "#9a7b14", "#1c93b8", "#7a7f87")
 LATE = 0.2  # the part of a run that is outside the frame
@@ -20,27 +21,52 @@ def write_figures(document: Mapping[str, Any], out: Path) -> list[Path]:
     Raises:
         OSError: A file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     paths = []
     for name, draw, size in (
         ("curves-step", _curves_by_step, (8.0, 4.6)),
         ("curves-time", _curves_by_time, (8.0, 4.6)),
         ("finals", _finals, (8.0, 1.2 + 0.45 * len(document["arms"]))),
     ):
-        figure = Figure(figsize=size, dpi=160, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        axes.tick_params(colors=SOFT, length=0, labelsize=9)
-        axes.grid(color=GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        for side in axes.spines.values():
-            side.set_visible(False)
+        figure, axes = _empty(size)
         draw(axes, document)
         paths.append(out / f"{name}.png")
         figure.savefig(paths[-1])
     return paths
+
+
+def write_curves(curves: Mapping[str, Curve], path: Path, steps: int, *, peak: float = 1.0, unit: str = "step") -> None:
+    """Write a PNG of schedules over their first ``steps`` units, named by their keys.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    figure, axes = _empty((8.0, 4.0))
+    count = min(steps, 2000)
+    places = sorted({round(i * (steps - 1) / max(1, count - 1)) for i in range(count)})
+    for number, (label, curve) in enumerate(curves.items()):
+        values = [peak * curve(place) for place in places]
+        axes.plot(places, values, color=COLOURS[number % len(COLOURS)], linewidth=2.2, label=label)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(unit, color=SOFT)
+    axes.set_ylabel("factor" if peak == 1 else "learning rate", color=SOFT)
+    axes.legend(frameon=False, labelcolor=INK, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    figure.savefig(path, format="png")
+
+
+def _empty(size: tuple[float, float]) -> tuple[Any, Any]:
+    """A figure and its axes, drawn without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.tick_params(colors=SOFT, length=0, labelsize=9)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    return figure, axes
 
 
 def _curves_by_step(axes: Any, document: Mapping[str, Any]) -> None:

@@ -65,6 +65,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def size_text(count: int) -> str:
+    """Bytes as a person says them.
+
+    Example:
+        >>> size_text(980), size_text(12_345), size_text(3_400_000_000)
+        ('980 bytes', '12.3 kB', '3.4 GB')
+    """
+    amount, units = float(count), iter(("bytes", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while amount >= 999.95 and unit != "TB":
+        amount, unit = amount / 1000, next(units)
+    return f"{amount:.1f} {unit}" if unit != "bytes" else f"{count} bytes"
+
+
 def sync_folder(path: Path) -> None:
     """Make renames inside a folder durable."""
     handle = os.open(path, os.O_RDONLY)

@@ -6,8 +6,8 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,7 +20,9 @@ from guided_descent.bench import environment
 from guided_descent.bench.checkpoint import Checkpoints
 from guided_descent.bench.files import BenchError, make_folder
 from guided_descent.bench.problem import Problem, load_problem, tensor_hash, tensors
+from guided_descent.bench.ranks import PeerLost, Ranks, enter
 from guided_descent.bench.session import Session, Tick
+from guided_descent.bench.shares import check_parts
 from guided_descent.bench.signals import SignalFlag
 from guided_descent.bench.specs import TORCH_LBFGS
 from guided_descent.bench.store import (
@@ -106,6 +108,10 @@ def train(
     checkpoint_every: int | None = None,
     eval_every: int | None = None,
     keep: int = 2,
+    keep_best: int = 0,
+    async_checkpoints: bool = False,
+    micro_batches: int = 1,
+    parallel: str | None = None,
     threads: int = 1,
     schedule: ScheduleSpec | None = None,
     progress: Callable[[Tick], None] | None = None,
@@ -116,8 +122,13 @@ def train(
     """Train, and leave config, metrics, checkpoints and result in the run's folder (``store.py``).
 
     A run that was killed or interrupted continues from its newest intact checkpoint with the numbers it would have had,
-    bit for bit; a finished one is returned and not run again. SIGTERM and SIGINT are answered after the current step,
-    or at once inside an evaluation: a checkpoint is written and the result has the status ``interrupted``.
+    bit for bit; a finished one is returned and not run again. SIGTERM and SIGINT are answered after the current step
+    with all its micro-batches, or at once inside an evaluation: a checkpoint is written and the result has the status
+    ``interrupted``.
+
+    With ``parallel="ddp"`` every process that torchrun has started calls this with the same arguments: each trains on
+    its rows of every batch, and rank 0 alone evaluates and writes. The result is the same everywhere. Another number
+    of ranks, also one process alone, may continue the run; then sums are rounded in another order.
 
     Args:
         problem: A built-in workload or ``package.module:function``.
@@ -129,8 +140,14 @@ def train(
         checkpoint_every: Steps between checkpoints; None: a quarter of the run. The end is saved, too. 0: only an
             interrupted run is saved, and nothing stays once it has finished.
         eval_every: Steps between evaluations; None: the problem's own number.
-        keep: Checkpoints that stay.
-        threads: CPU threads of torch.
+        keep: The newest checkpoints that stay.
+        keep_best: The best states by the metric, at evaluations after the first step, that are saved and stay beside.
+        async_checkpoints: Write checkpoints on a thread, from a copy in host memory, while training goes on; a failure
+            is raised by the next checkpoint or at the end. Its CPU seconds count among those of the steps.
+        micro_batches: Parts of a batch whose gradients are added before a step, to save memory. The loss must be a mean
+            over rows; normalisation over a batch sees a part.
+        parallel: ``ddp``, or None for one process.
+        threads: CPU threads of torch, in each process.
         schedule: None: linear warmup over 5 % of the steps, then linear to zero.
         progress: Called with a ``Tick``.
         warn: Called with one line, for instance about a damaged checkpoint.
@@ -145,37 +162,71 @@ def train(
         ("checkpoint_every", checkpoint_every, 0),
         ("eval_every", eval_every, 1),
         ("keep", keep, 1),
+        ("keep_best", keep_best, 0),
+        ("micro_batches", micro_batches, 1),
         ("threads", threads, 1),
     ):
         if number is not None and number < least:
             raise BenchError(f"{name} is {number}; it must be {least} or more")
     schedule = ScheduleSpec() if schedule is None else schedule
     folder = RunStore(out).path(problem, spec.label, seed)
-    with SignalFlag() as flag, _threads(threads):
+    with SignalFlag() as flag, _threads(threads), _ranks(parallel, flag) as ranks:
+        progress, warn = (progress, warn) if ranks.lead else (None, lambda line: None)
         task = load_problem(problem, seed)
         steps = task.steps if steps is None else steps
         eval_every = eval_every or task.eval_every or max(1, steps // 12)
         known = knowing(spec, task)
         config = describe(problem, task, spec, schedule, seed=seed, steps=steps, eval_every=eval_every)
-        make_folder(folder)
-        with _lock(folder):
-            if not resume:
+        config = replace(config, micro_batches=micro_batches, parallel=parallel, ranks=ranks.size)
+        ranks.check_same(
+            config.data + config.init, "the task's data or its first weights; they may depend on the seed alone"
+        )
+        check_parts(task, ranks.size * micro_batches, warn)
+        if ranks.lead:
+            make_folder(folder)
+        with _lock(folder) if ranks.lead else nullcontext():
+            if ranks.lead and not resume:
                 _clear(folder)
-            finished = _enter(folder, config)
+            finished = _enter(folder, config) if ranks.lead else None
+            finished = ranks.told(None if finished is None else asdict(finished))
             if finished is not None:
-                return finished
+                return RunResult(**finished)
+            module = ranks.wrap(task)
             try:
-                optimizer = build_optimizer(task.model, known)
+                optimizer = build_optimizer(module, known)
             except (TypeError, ValueError, KeyError) as error:
                 raise BenchError(f"optimizer {spec.name!r}: {' '.join(str(error).split())}") from error
-            scheduler = build_schedule(optimizer, schedule, steps)
-            save_every = max(1, steps // 4) if checkpoint_every is None else checkpoint_every
-            checkpoints = Checkpoints(folder / CHECKPOINTS, keep)
-            session = Session(folder, config, task, optimizer, scheduler, checkpoints, save_every, progress, warn)
+            if isinstance(optimizer, Solver) and (micro_batches > 1 or parallel):
+                raise BenchError(f"{spec.name} evaluates whole batches: leave out micro_batches and parallel")
+            session = Session(
+                folder=folder,
+                config=config,
+                problem=task,
+                module=module,
+                optimizer=optimizer,
+                scheduler=build_schedule(optimizer, schedule, steps),
+                checkpoints=Checkpoints(folder / CHECKPOINTS, keep, background=async_checkpoints),
+                save_every=max(1, steps // 4) if checkpoint_every is None else checkpoint_every,
+                keep_best=keep_best,
+                progress=progress,
+                warn=warn,
+                ranks=ranks,
+            )
             result = session.run(flag)
-            if result.status != "interrupted":
+            if ranks.lead and result.status != "interrupted":
                 write_record(folder / RESULT, result)
             return result
+
+
+@contextmanager
+def _ranks(parallel: str | None, flag: SignalFlag) -> Iterator[Ranks]:
+    """The ranks; where another one is lost after a signal has come, that is why."""
+    try:
+        with enter(parallel) as ranks:
+            yield ranks
+    except PeerLost as error:
+        error.signal = flag.received
+        raise
 
 
 def describe(

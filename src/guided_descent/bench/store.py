@@ -15,7 +15,7 @@ keys it does not know and refuses a format newer than its own. JSON files are re
 
 ``config.json``: the fields of ``RunConfig``: ``workload, optimizer {name, hyper, label}, schedule {name, options},
 seed, steps, eval_every, clip, metric, goal, unit, target, data, init, parameters, dtype, device, threads, versions,
-git, machine, created``.
+git, machine, created, micro_batches, parallel, ranks`` (the last three are missing in files of earlier versions).
 
 ``metrics.jsonl``: first the line ``{"format": 1, "kind": "header"}``, then two kinds of rows. ``step`` counts finished
 steps: a train row has step 1, 2, ...; the evaluation before the first step has step 0.
@@ -35,6 +35,7 @@ A reader must expect a last line that is cut short (the machine stopped while it
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -99,6 +100,9 @@ class RunConfig:
         git: Commit of the working directory, with ``-dirty`` where it had changes; None outside a repository.
         machine: Processor, core count, system.
         created: UTC time of the start, ISO 8601.
+        micro_batches: Parts of a rank's batch whose gradients are added before a step.
+        parallel: How ranks share the run, or None.
+        ranks: Processes that began it; another number may continue it.
     """
 
     workload: str
@@ -122,10 +126,14 @@ class RunConfig:
     git: str | None
     machine: Mapping[str, Any]
     created: str
+    micro_batches: int = 1
+    parallel: str | None = None
+    ranks: int = 1
 
     def difference(self, other: RunConfig) -> str:
         """What makes the other a different run, as text; empty where a checkpoint of one continues the other."""
-        same = ("workload", "optimizer", "schedule", "seed", "steps", "eval_every", "clip", "data", "init", "threads")
+        same = ("workload", "optimizer", "schedule", "seed", "steps", "eval_every", "clip", "data", "init", "threads",
+                "micro_batches")  # fmt: skip
         mine, theirs = to_json(asdict(self)), to_json(asdict(other))
         return ", ".join(f"{key} {theirs[key]!r} instead of {mine[key]!r}" for key in same if mine[key] != theirs[key])
 
@@ -321,15 +329,37 @@ def _rows(path: Path) -> Iterator[Row]:
         yield row
 
 
+def metrics_fault(path: Path, length: int, checksum: str | None) -> str | None:
+    """Why the first ``length`` bytes of the metrics are not those that a checkpoint counts on, or None.
+
+    Args:
+        path: The file.
+        length: Its length when the checkpoint was made.
+        checksum: SHA-256 of these bytes; None: of checkpoints that had none.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(length)
+    except FileNotFoundError:
+        data = b""
+    if len(data) < length:
+        return f"{path.name} lost rows that it counts on"
+    if checksum is not None and hashlib.sha256(data).hexdigest() != checksum:
+        return f"damaged: the rows of {path.name} that it counts on do not match their checksum"
+    return None
+
+
 class MetricsWriter:
     """Appends rows to ``metrics.jsonl``; ``length`` bytes of an earlier file are kept, the rest is cut off."""
 
     def __init__(self, path: Path, length: int) -> None:
         self._path = path
+        self._digest = hashlib.sha256()
         try:
             self._file: IO[bytes] = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 (closed by close)
             if os.path.getsize(path) < length:
                 raise BenchError(f"{path} lost rows that its checkpoint counts on; start the run afresh")
+            self._digest.update(self._file.read(length))
             self._file.truncate(length)
             self._file.seek(length)
         except OSError as error:
@@ -340,19 +370,21 @@ class MetricsWriter:
     def write(self, row: Row) -> None:
         """Append one row and hand it to the operating system, so that a reader sees it."""
         row = {key: round(item, 7) if key in TIMES else item for key, item in row.items()}
+        line = json.dumps(to_json(row), separators=(",", ":")).encode() + b"\n"
         try:
-            self._file.write(json.dumps(to_json(row), separators=(",", ":")).encode() + b"\n")
+            self._file.write(line)
             self._file.flush()
         except OSError as error:
             raise BenchError(os_line("cannot write", self._path, error)) from error
+        self._digest.update(line)
 
-    def sync(self) -> int:
-        """Make the rows durable and return the file's length in bytes."""
+    def sync(self) -> tuple[int, str]:
+        """Make the rows durable; the file's length in bytes and the SHA-256 of what was written."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise BenchError(os_line("cannot write", self._path, error)) from error
-        return self._file.tell()
+        return self._file.tell(), self._digest.hexdigest()
 
     def close(self) -> None:
         """Close the file; a failure to write buffered rows was already reported by ``write``."""

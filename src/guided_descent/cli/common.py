@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
-from guided_descent.cli.errors import EXIT_CODES, CommandError
+from guided_descent.bench.ranks import MODES, launched
+from guided_descent.cli.errors import EXIT_CODES, FAILED, OK, CommandError
 
 if TYPE_CHECKING:
     from guided_descent.bench.display import Display
@@ -50,6 +51,15 @@ def count(least: int, text: str, default: str | None = None) -> Any:
     return typer.Option(callback=check, help=text, show_default=default or True)
 
 
+def check_parallel(mode: str | None) -> str | None:
+    """Refuse an unknown way to share a run, and ranks that would each train the whole of it."""
+    if mode is not None and mode not in MODES:
+        raise typer.BadParameter(f"{mode!r} is unknown, it must be {' or '.join(MODES)}")
+    if mode is None and (launched() or (0, 1))[1] > 1:
+        raise typer.BadParameter("a launcher started several processes, and each would train the whole run: add ddp")
+    return mode
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
 Optimizers = Annotated[
     list[str] | None,
@@ -69,13 +79,17 @@ EvalEvery = Annotated[int | None, count(1, "Steps between evaluations.", "the ta
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def command(name: str | None = None, *, examples: Sequence[str]) -> Callable[[F], F]:
-    """Register a command: its docstring is its help, with the lines of a paragraph joined, and the examples follow."""
+def command(name: str | None = None, *, examples: Sequence[str], more: Sequence[str] = ()) -> Callable[[F], F]:
+    """Register a command: its docstring is its help, with the lines of a paragraph joined, and the examples follow.
+
+    Those in ``more`` are started by another program.
+    """
 
     def register(function: F) -> F:
         paragraphs = (inspect.getdoc(function) or "").split("\n\n")
         text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
-        epilog = "\n\n".join(["[bold]Examples[/bold]", *(f"[dim]$[/dim] guided-descent {line}" for line in examples)])
+        lines = [*(f"guided-descent {line}" for line in examples), *more]
+        epilog = "\n\n".join(["[bold]Examples[/bold]", *(f"[dim]$[/dim] {line}" for line in lines)])
         return app.command(name, help=text, epilog=epilog)(function)
 
     return register
@@ -146,6 +160,17 @@ def display(title: str = "runs") -> Display:
     from guided_descent.bench.display import Display
 
     return Display(Console(stderr=True), title, outcome)
+
+
+def follow(problem: str, spec: OptimizerSpec, **options: Any) -> int:
+    """Train as a rank that does not lead: nothing is printed and no file is touched."""
+    from guided_descent.bench.pool import Stopped
+    from guided_descent.bench.runner import train
+
+    result = train(problem, spec, **options)
+    if result.signal is not None:
+        raise Stopped(result.signal)
+    return OK if result.status == "complete" else FAILED
 
 
 def outcome(run: Run) -> str:

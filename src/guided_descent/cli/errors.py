@@ -6,6 +6,7 @@ import errno
 import json
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,13 +14,16 @@ from typing import Any
 from guided_descent.bench.checkpoint import CheckpointError
 from guided_descent.bench.files import BenchError
 from guided_descent.bench.pool import Stopped
+from guided_descent.bench.ranks import PeerLost, launched
 
 OK, FAILED, USAGE, CORRUPT, UNWRITABLE = 0, 1, 2, 3, 4
 
 EXIT_CODES = """
 Exit codes: 0 done; 1 a run diverged or failed; 2 wrong usage or input; 3 a damaged file; 4 a file could not be written
 (permission, full disk); 130 Ctrl-C; 143 SIGTERM. After 130 and 143 the same command continues where it stopped.
+torchrun itself ends with 1 whatever the code of its processes.
 """
+STAND_BACK, LOST = 5.0, 15.0  # seconds
 
 
 class CommandError(Exception):
@@ -31,9 +35,21 @@ class CommandError(Exception):
 
 
 def say(line: str, code: int) -> int:
-    """Print the line on stderr and return the code."""
-    print("guided-descent: " + " ".join(line.split()), file=sys.stderr)
+    """Print the line on stderr, with the rank where there are several, and return the code."""
+    rank, size = launched() or (0, 1)
+    who = "guided-descent: " + (f"rank {rank}: " if size > 1 else "")
+    print(who + " ".join(line.split()), file=sys.stderr, flush=True)
     return code
+
+
+def stand_back(error: BaseException) -> None:
+    """Among several ranks, let the one speak that failed first: the launcher ends the others while they wait here.
+
+    A mistake that all ranks find is told by rank 0, and one that a single rank finds by that rank.
+    """
+    rank, size = launched() or (0, 1)
+    if size > 1 and (rank or isinstance(error, PeerLost)):
+        time.sleep(LOST if isinstance(error, PeerLost) else STAND_BACK)
 
 
 def explain_error(error: BaseException) -> tuple[str, int]:

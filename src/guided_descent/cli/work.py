@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from guided_descent.bench.ranks import MODES, launched
 from guided_descent.cli.common import (
     DEFAULT_OPTIMIZERS,
     DEFAULT_PROBLEM,
@@ -19,10 +20,12 @@ from guided_descent.cli.common import (
     Out,
     Steps,
     Workers,
+    check_parallel,
     check_task,
     command,
     count,
     display,
+    follow,
     outcome,
     print_json,
     read_specs,
@@ -35,7 +38,9 @@ from guided_descent.cli.errors import FAILED, OK, CommandError
     examples=[
         "train -o muon:lr=0.02",
         "train mypkg.task:make -o adamw:lr=1e-3,weight_decay=0.1 --steps 1000 --out runs/mine",
-    ]
+        "train mypkg.task:make --checkpoint-every 100 --keep 3 --keep-best 1 --async-checkpoints",
+    ],
+    more=["torchrun --nproc-per-node 2 -m guided_descent train mypkg.task:make --parallel ddp"],
 )
 def train(
     problem: Annotated[str, typer.Argument(help="A workload or package.module:function.")] = DEFAULT_PROBLEM,
@@ -50,18 +55,43 @@ def train(
         int | None,
         count(0, "Steps between checkpoints; 0: only at an interruption.", "a quarter of the run"),
     ] = None,
-    threads: Annotated[int, count(1, "CPU threads.")] = 1,
+    keep: Annotated[int, count(1, "The newest checkpoints that stay.")] = 2,
+    keep_best: Annotated[
+        int, count(0, "The best states by the task's metric that are saved at evaluations and stay as well.")
+    ] = 0,
+    async_checkpoints: Annotated[
+        bool, typer.Option("--async-checkpoints", help="Write checkpoints in the background while training goes on.")
+    ] = False,
+    micro_batches: Annotated[
+        int, count(1, "Parts of a batch whose gradients are added before a step, to save memory.")
+    ] = 1,
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Share every batch among the processes that torchrun started: {', '.join(MODES)}.",
+            callback=check_parallel,
+            show_default="one process",
+        ),
+    ] = None,
+    threads: Annotated[int, count(1, "CPU threads, in each process.")] = 1,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the run's folder holds and start again.")] = False,
     as_json: Json = False,
 ) -> int:
-    """Train one task with one optimizer. A run that was stopped or killed continues, bit for bit."""
+    """Train one task with one optimizer. A run that was stopped or killed continues, bit for bit.
+
+    SIGTERM and the first Ctrl-C save at the next safe point: after the step that runs, or at once in an evaluation.
+    With --parallel another number of processes may continue a run, closely but not bit for bit.
+    """
     from guided_descent.bench.pool import Job, run_jobs, train_run
 
     (spec,) = read_specs([optimizer])
     task = check_task(problem, [spec], seed)
     steps = steps or task.steps
     kwargs = {"seed": seed, "steps": steps, "out": str(out), "eval_every": eval_every, "resume": not fresh}
-    kwargs |= {"checkpoint_every": checkpoint_every, "threads": threads}
+    kwargs |= {"checkpoint_every": checkpoint_every, "keep": keep, "keep_best": keep_best, "threads": threads}
+    kwargs |= {"async_checkpoints": async_checkpoints, "micro_batches": micro_batches, "parallel": parallel}
+    if parallel and (launched() or (0, 1))[0]:
+        return follow(problem, spec, **kwargs)
     job = Job(f"{spec.label} on {problem}, seed {seed}", steps, train_run, (problem, spec), kwargs)
     (done,) = run_jobs([job], 0, display("run"))
     if as_json:

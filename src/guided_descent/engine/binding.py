@@ -60,8 +60,8 @@ class Plan:
 
 def stored_slots(
     parts: Parts, block: Block, group: Mapping[str, Any], tensor: Tensor
-) -> tuple[dict[str, Slot], dict[str, bool]]:
-    """All state of a block as it is stored, and which of it is packed, with signs or without."""
+) -> tuple[dict[str, Slot], dict[str, packing.Form]]:
+    """All state of a block as it is stored, and which of it is packed, and how."""
     slots = parts.slots(block)
     packed = packing.choose(parts, slots, group["state_dtype"], tensor)
     stored = packing.declare(slots, packed, block) | rounding.rounding_slots(group["rounding"], tensor.dtype)
@@ -279,7 +279,7 @@ class Binder:
             scales = (block.lr_scale, block.wd_scale, block.eps_scale, *(x.wd_scale for x in block.pieces))
             shape = block.shape if parts.unit == "matrix" else ()
             factors = tuple((n, slot.shape) for n, slot in slots.items() if slot.layout == "factor")
-            apart = (entry.half, entry.kind)
+            apart = (entry.half, entry.kind, *packed.items())
             key = (entry.group, parts, p.part.dtype, p.part.device, scales, shape, factors, apart)
             if key not in buckets:
                 buckets[key] = Bucket(
@@ -299,6 +299,10 @@ class Binder:
             bucket.owners.append(entry.owners)
             if entry.half != "second":
                 places[block.key] = (bucket, len(bucket.blocks) - 1)
+        for index, group in enumerate(self.groups):
+            own = [entry.block for entry in entries if entry.group == index]
+            if own and group["state_dtype"]:
+                packing.check_names(group["state_dtype"], [self.parts(index, block).slots(block) for block in own])
         for bucket in buckets.values():
             self._allocate(bucket, shared)
             if bucket.stacked:

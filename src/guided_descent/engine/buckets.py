@@ -8,7 +8,7 @@ tensors large enough to hide the cost of a call and small enough to stay in cach
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from guided_descent.engine import packing
+from guided_descent.engine.packing import Form
 from guided_descent.engine.state import HALF, real, work_dtype
 from guided_descent.kernels import Kernel, Scales
 from guided_descent.linalg.workspace import Workspace
@@ -100,7 +101,7 @@ class Bucket:
     half: Half
     place: str
     slots: dict[str, Slot]
-    packed: dict[str, bool]  # slots that are stored in 8 bits, and whether they have signs
+    packed: dict[str, Form]  # slots that are stored in few bits, and how
     loop: bool
     blocks: list[Block] = field(default_factory=list)
     owners: list[list[Parameter]] = field(default_factory=list)  # for each block, the parameters of its pieces
@@ -252,16 +253,18 @@ class Slice:
         for name, codes in self.codes.items():
             rows = self.state[name] = self.scratch(f"state.{name}{tag}", work)
             for row, code, scales in zip(rows.list, codes.list, self._scales(name)):
-                packing.unpack(row, code, scales, self.bucket.packed[name])
+                self.bucket.packed[name].load(row, code, scales)
 
     def pack(self, step: int) -> None:
         """Store it again."""
         for name, codes in self.codes.items():
             for row, code, scales in zip(self.state[name].list, codes.list, self._scales(name)):
-                packing.pack(row, code, scales, self.bucket.packed[name], step)
+                self.bucket.packed[name].store(row, code, scales, step)
 
-    def _scales(self, name: str) -> Tensor:
-        """The scales of each row of a packed slot."""
+    def _scales(self, name: str) -> Iterable[Tensor | None]:
+        """The scales of each row of a packed slot, where it has some."""
+        if not self.bucket.packed[name].scaled:
+            return [None] * len(self.codes[name].list)
         scales: Tensor = self.state[packing.scales_of(name)]
         if self.span is None:
             return scales

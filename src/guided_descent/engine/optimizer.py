@@ -18,7 +18,7 @@ from guided_descent.engine import evaluation
 from guided_descent.engine.binding import Binder
 from guided_descent.engine.compiled import Compiled
 from guided_descent.engine.engine import Engine
-from guided_descent.engine.packing import STATE_DTYPES
+from guided_descent.engine.packing import canonical
 from guided_descent.engine.persistence import load, pack
 from guided_descent.engine.policies import POLICIES
 from guided_descent.engine.rounding import ROUNDINGS
@@ -384,7 +384,8 @@ def complete(group: dict[str, Any], recipe: Recipe, seed: int) -> None:
     )
     for name, default in ENGINE_KEYS.items():
         group.setdefault(name, default)
-    for name, valid in (("nonfinite", POLICIES), ("rounding", ROUNDINGS), ("state_dtype", STATE_DTYPES)):
+    group["state_dtype"] = canonical(group["state_dtype"])
+    for name, valid in (("nonfinite", POLICIES), ("rounding", ROUNDINGS)):
         if group[name] not in valid:
             raise ValueError(f"{name}={group[name]!r} must be one of {', '.join(map(repr, valid))}")
     for name in ("maximize", "foreach", "fused"):

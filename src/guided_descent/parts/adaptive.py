@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from guided_descent.parts.base import Batch, Hyper, Part, Slot, State
+from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, key
 from guided_descent.parts.estimate import Moments
 from guided_descent.parts.rows import Number, Rows
 from guided_descent.routing.roles import Block
@@ -22,13 +22,8 @@ class SquareSum(Part):
     State: ``sum``, shaped like the parameter, ``start`` at first. Source: Duchi, Hazan and Singer 2011.
     """
 
-    eps: str = "eps"
+    eps: str = key("eps")
     start: float = 0.0
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.eps,)
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The sum of squares."""
@@ -55,16 +50,11 @@ class SquareAverage(Part):
     2013, 1308.0850 (centered).
     """
 
-    alpha: str = "alpha"
-    eps: str = "eps"
+    alpha: str = key("alpha")
+    eps: str = key("eps")
     centered: bool = False
     inside: bool = False
     start: float = 0.0
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.alpha, self.eps)
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The averages of squares and, for the variance, of gradients."""
@@ -101,13 +91,8 @@ class RootRatio(Part):
     length of the first steps. State: ``square_avg``, ``acc_delta``. Source: Zeiler 2012, 1212.5701.
     """
 
-    rho: str = "rho"
-    eps: str = "eps"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.rho, self.eps)
+    rho: str = key("rho")
+    eps: str = key("eps")
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The averages of squares, of gradients and of directions."""
@@ -136,13 +121,8 @@ class MaximumMoments(Part):
     ``exp_avg``, ``exp_inf``. Source: Kingma and Ba 2014, 1412.6980, section 7.1.
     """
 
-    betas: str = "betas"
-    eps: str = "eps"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.betas, self.eps)
+    betas: str = key("betas")
+    eps: str = key("eps")
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The first moment and the maximum, which no rotation carries along."""
@@ -291,13 +271,9 @@ class AngleMoments(Moments):
     where v is 0. State: ``exp_avg``, ``exp_avg_sq``. Source: Everett et al. 2024, 2407.05872.
     """
 
-    a: str = "atan2_a"
-    b: str = "atan2_b"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.betas, self.a, self.b)
+    eps: str = key("")
+    a: str = key("atan2_a")
+    b: str = key("atan2_b")
 
     def divide(self, x: Batch, first: Rows, second: Rows, h: Hyper, bc1: Number, root2: Number) -> None:
         """The angle between both moments."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from guided_descent.parts.adaptive import SecondMoment, rectification
-from guided_descent.parts.base import Batch, Hyper, Needs, Part, Slot, State
+from guided_descent.parts.base import Batch, Hyper, Needs, Part, Slot, State, key
 from guided_descent.parts.decay import Decoupled
 from guided_descent.parts.memory import ramp
 from guided_descent.parts.numbers import hyper
@@ -35,14 +35,9 @@ class PrimalAverage(Part):
 
     slot: ClassVar[str] = "average"
     needs: ClassVar[Needs] = Needs(before=True)
-    beta: str = "betas"
-    lr: str = "lr"
+    beta: str = key("betas")
+    lr: str = key("lr")
     decay: Decoupled | None = None
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.beta, self.lr, *(self.decay.keys if self.decay else ()))
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The sequence, its weight in y, and the numbers of a step."""
@@ -111,14 +106,9 @@ class UniformAverage(PrimalAverage):
     ``PrimalAverage``. State: ``weight_sum``, ``lr_max`` beside. Source: Defazio et al. 2024, 2405.15682.
     """
 
-    warmup: str = "warmup_steps"
-    r: str = "r"
-    power: str = "weight_lr_power"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (*super().keys, self.warmup, self.r, self.power)
+    warmup: str = key("warmup_steps")
+    r: str = key("r")
+    power: str = key("weight_lr_power")
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The sum of the weights and the largest learning rate so far, too."""
@@ -146,13 +136,8 @@ class RectifiedAverage(UniformAverage):
     where the part is not ``silent``.
     """
 
-    betas: str = "betas"
+    betas: str = key("betas")
     silent: bool = True
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (*super().keys, self.betas)
 
     def rate(self, h: Hyper, step: int) -> float:
         """The warmup times the rectification."""
@@ -167,13 +152,8 @@ class FadingAverage(PrimalAverage):
     See ``PrimalAverage``. Source: Defazio et al. 2025, 2512.17131.
     """
 
-    beta: str = "mu_y"
-    mu_x: str = "mu_x"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (*super().keys, self.mu_x)
+    beta: str = key("mu_y")
+    mu_x: str = key("mu_x")
 
     def weigh(self, s: State, h: Hyper, step: int) -> tuple[float, Number]:
         """All of the displacement, and a weight that does not change."""
@@ -190,13 +170,8 @@ class SlowWeights(Part):
     """
 
     slot: ClassVar[str] = "average"
-    k: str = "lookahead_k"
-    alpha: str = "lookahead_alpha"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.k, self.alpha)
+    k: str = key("lookahead_k")
+    alpha: str = key("lookahead_alpha")
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The slow weights."""

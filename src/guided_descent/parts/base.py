@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import torch
@@ -63,7 +63,7 @@ class Slot:
         copies: Whether a ``param`` slot holds, when its parameter's first update begins, a copy of the parameter.
         basis: How a geometry that changes its basis carries the slot along: a ``vector`` is rotated, a ``square`` of
             coordinates follows by permutation, ``none`` stays.
-        packs: How a ``param`` slot may be held in 8 bits, with errors of some percent of each element: ``signed``, or
+        packs: How a ``param`` slot may be held in few bits, with errors of some percent of each element: ``signed``, or
             ``unsigned`` where it is never negative. The default keeps it whole: say, what differences are taken of.
     """
 
@@ -124,6 +124,28 @@ class Policy:
     tolerance: float = 0.0
     lag: int = 0
     crowded: int = 0
+
+
+def key(name: str | None = None) -> Any:
+    """A field of a part that holds the name of a group key, which the part reads as ``h[self.field]``.
+
+    Args:
+        name: The default name; empty for none, which reads nothing. Without it the field has no default.
+    """
+    metadata = {"kind": "key"}
+    return field(metadata=metadata) if name is None else field(default=name, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Keyed:
+    """What reads group keys by the names in its fields."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Group keys it reads: those that its fields of ``key`` name, and those of what it holds."""
+        held = [(item, getattr(self, item.name)) for item in fields(self)]
+        own = (value for item, value in held if item.metadata.get("kind") == "key" and value)
+        return (*own, *(name for _, value in held if isinstance(value, Keyed) for name in value.keys))
 
 
 def generator(seed: int, name: str, step: int, salt: str, device: torch.device) -> torch.Generator:
@@ -325,10 +347,11 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Part:
+class Part(Keyed):
     """One idea of an optimizer, as tensor functions over a batch and declared state.
 
-    Subclasses are frozen dataclasses whose fields name group keys or choose structure. Class attributes:
+    Subclasses are frozen dataclasses whose fields name group keys (``betas: str = key("betas")``) or choose structure.
+    Class attributes:
 
     - ``slot``: where it runs, one of ``ORDER``; ``part.at("momentum")`` moves an instance.
     - ``unit``: ``element`` (any cut of the tensors will do), ``block`` (needs whole tensors, say for a norm) or
@@ -357,11 +380,6 @@ class Part:
         if slot not in ORDER:
             raise ValueError(f"slot {slot!r} does not exist; choose one of {', '.join(ORDER)}")
         return replace(self, place=slot)
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return ()
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """State it keeps for a block, by slot name."""

@@ -16,7 +16,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from guided_descent.parts.base import Batch, Hyper, Part, State, Unit
+from guided_descent.parts.base import Batch, Hyper, Part, State, Unit, key
 from guided_descent.parts.damping import inner
 from guided_descent.parts.numbers import hyper, static
 from guided_descent.parts.rows import Number
@@ -78,12 +78,7 @@ class NormClip(Part):
     """
 
     slot: ClassVar[str] = "clip"
-    max_norm: str = "clip_norm_max_norm"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.max_norm,)
+    max_norm: str = key("clip_norm_max_norm")
 
     def idle(self, h: Hyper) -> bool:
         """Nothing to do without a bound."""
@@ -118,12 +113,7 @@ class BlockClip(Part):
 
     slot: ClassVar[str] = "clip"
     unit: ClassVar[Unit] = "block"
-    max_norm: str = "clip_each_max_norm"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.max_norm,)
+    max_norm: str = key("clip_each_max_norm")
 
     def idle(self, h: Hyper) -> bool:
         """Nothing to do without a bound."""
@@ -146,12 +136,7 @@ class ValueClip(Part):
     """Clipping of the elements of the gradient: ``u <- min(max(u, -c), c)``. Counted as ``value``, by elements."""
 
     slot: ClassVar[str] = "clip"
-    max_value: str = "clip_value_max_value"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.max_value,)
+    max_value: str = key("clip_value_max_value")
 
     def idle(self, h: Hyper) -> bool:
         """Nothing to do without a bound."""
@@ -178,12 +163,7 @@ class UpdateClip(Part):
 
     slot: ClassVar[str] = "scale"
     unit: ClassVar[Unit] = "block"
-    max_rms: str = "clip_update_max_rms"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.max_rms,)
+    max_rms: str = key("clip_update_max_rms")
 
     def idle(self, h: Hyper) -> bool:
         """Nothing to do without a bound."""
@@ -247,19 +227,14 @@ class RowClip(Part):
 
     slot: ClassVar[str] = "clip"
     unit: ClassVar[Unit] = "block"
-    clip: str = "agc_clip"
-    floor: str = "agc_floor"
+    clip: str = key("agc_clip")
+    floor: str = key("agc_floor")
     head: bool = False
 
     @property
     def reads_parameter(self) -> bool:
         """For the norms of its rows."""
         return True
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.clip, self.floor)
 
     def idle(self, h: Hyper) -> bool:
         """Nothing to do without a bound."""
@@ -416,20 +391,15 @@ class KlClip(Part):
     """
 
     slot: ClassVar[str] = "scale"
-    kappa: str = "kl_clip"
-    lr: str = "lr"
+    kappa: str = key("kl_clip")
+    lr: str = key("lr")
     signed: bool = False
-    coupled: str = ""
+    coupled: str = key("")
 
     @property
     def reads_parameter(self) -> bool:
         """Where decay is a part of the gradient."""
         return bool(self.coupled)
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.kappa, self.lr, *([self.coupled] if self.coupled else []))
 
     def idle(self, h: Hyper) -> bool:
         """Nothing to do without a bound."""

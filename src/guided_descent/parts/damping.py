@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from guided_descent.parts.base import Batch, Hyper, Part, Slot, State
+from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, key
 from guided_descent.parts.rows import Number, Rows
 from guided_descent.routing.roles import Block
 
@@ -124,16 +124,11 @@ class LevenbergMarquardt(Part):
     """
 
     slot: ClassVar[str] = "mask"
-    lr: str = "lr"
-    damping: str = "damping"
-    interval: str = "damping_interval"
-    omega: str = "damping_omega"
+    lr: str = key("lr")
+    damping: str = key("damping")
+    interval: str = key("damping_interval")
+    omega: str = key("damping_omega")
     exact: bool = False
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.lr, self.damping, self.interval, self.omega)
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The predicted change of the loss."""
@@ -198,20 +193,15 @@ class QuadraticStep(Part):
     """
 
     slot: ClassVar[str] = "momentum"
-    damping: str = "damping"
+    damping: str = key("damping")
     rule: str = "fixed"
-    coupled: str = ""
+    coupled: str = key("")
     exact: bool = False
 
     @property
     def reads_parameter(self) -> bool:
         """Where decay is a part of the model."""
         return bool(self.coupled)
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.damping, *([self.coupled] if self.coupled else []))
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The last step, as this part chose it."""

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from guided_descent.parts.base import Batch, Hyper, Part, State
+from guided_descent.parts.base import Batch, Hyper, Part, State, key
 from guided_descent.parts.rows import Number
 from guided_descent.parts.step import writable
 from guided_descent.routing.roles import Block
@@ -20,17 +20,12 @@ class L2(Part):
     """Coupled decay: ``u <- u + wd p``, before any moment sees the gradient."""
 
     slot: ClassVar[str] = "decay_gradient"
-    weight_decay: str = "weight_decay"
+    weight_decay: str = key("weight_decay")
 
     @property
     def reads_parameter(self) -> bool:
         """As the decay."""
         return True
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.weight_decay,)
 
     def idle(self, h: Hyper) -> bool:
         """Nothing to do at zero decay."""
@@ -55,15 +50,10 @@ class Decoupled(Part):
     """
 
     slot: ClassVar[str] = "decay_before"
-    weight_decay: str = "weight_decay"
-    lr: str = "lr"
+    weight_decay: str = key("weight_decay")
+    lr: str = key("lr")
     independent: bool = False
     corrected: bool = False
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.weight_decay, self.lr)
 
     def idle(self, h: Hyper) -> bool:
         """Nothing to do at zero decay."""
@@ -115,12 +105,7 @@ class FrankWolfe(Part):
     """
 
     slot: ClassVar[str] = "decay_before"
-    lr: str = "lr"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.lr,)
+    lr: str = key("lr")
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Shrink the parameters."""

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, Unit
+from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, Unit, key
 from guided_descent.parts.rows import Rows
 from guided_descent.routing.roles import Block, Role
 
@@ -17,12 +17,7 @@ from guided_descent.routing.roles import Block, Role
 class Curved(Part):
     """What they share: when an estimate is wanted. A subclass has the field ``every``, the key of the period."""
 
-    every: str
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.every,)
+    every: str = key()
 
     def observes(self, h: Hyper, step: int) -> bool:
         """Every ``hessian_frequency`` steps, beginning with the first."""
@@ -41,16 +36,11 @@ class HessianMoments(Curved):
     """
 
     unit: ClassVar[Unit] = "block"
-    betas: str = "betas"
-    eps: str = "eps"
-    every: str = "hessian_frequency"
+    betas: str = key("betas")
+    eps: str = key("eps")
+    every: str = key("hessian_frequency")
     power: float = 1.0
     spatial: bool = True
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (*super().keys, self.betas, self.eps)
 
     @property
     def curvature(self) -> str:
@@ -101,16 +91,11 @@ class ClippedNewton(Curved):
     """
 
     joint: ClassVar[bool] = True
-    betas: str = "betas"
-    gamma: str = "gamma"
-    eps: str = "eps"
-    every: str = "hessian_frequency"
+    betas: str = key("betas")
+    gamma: str = key("gamma")
+    eps: str = key("eps")
+    every: str = key("hessian_frequency")
     estimate: str = "normal"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (*super().keys, self.betas, self.gamma, self.eps)
 
     @property
     def curvature(self) -> str:

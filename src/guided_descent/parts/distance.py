@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, Unit
+from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, Unit, key
 from guided_descent.parts.rows import Rows
 from guided_descent.routing.roles import Block
 
@@ -28,12 +28,7 @@ class Distance(Part):
     joint: ClassVar[bool] = True
     scalars: ClassVar[tuple[str, ...]] = ()
     agreed: ClassVar[tuple[str, ...]] = ()
-    lr: str
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.lr, *(getattr(self, name) for name in self.agreed))
+    lr: str = key()
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The scalars, 0 until the first update."""
@@ -82,8 +77,8 @@ class Adapted(Distance):
 
     scalars: ClassVar[tuple[str, ...]] = ("d", "d_numerator", "d_denominator")
     agreed: ClassVar[tuple[str, ...]] = ("d0", "growth")
-    d0: str
-    growth: str
+    d0: str = key()
+    growth: str = key()
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The weighted sum of gradients and the scalars."""
@@ -139,13 +134,13 @@ class ProdigyMoments(Adapted):
 
     scalars: ClassVar[tuple[str, ...]] = (*Adapted.scalars, "d_max")
     agreed: ClassVar[tuple[str, ...]] = ("d0", "growth", "coefficient", "beta3")
-    lr: str = "lr"
-    betas: str = "betas"
-    beta3: str = "beta3"
-    eps: str = "eps"
-    d0: str = "d0"
-    coefficient: str = "d_coef"
-    growth: str = "growth_rate"
+    lr: str = key("lr")
+    betas: str = key("betas")
+    beta3: str = key("beta3")
+    eps: str = key("eps")
+    d0: str = key("d0")
+    coefficient: str = key("d_coef")
+    growth: str = key("growth_rate")
     bias_correction: bool = False
     safeguard: bool = False
 
@@ -153,11 +148,6 @@ class ProdigyMoments(Adapted):
     def reads_parameter(self) -> bool:
         """For the way from the start."""
         return True
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (*super().keys, self.betas, self.eps)
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """Moments, start and weighted sum."""
@@ -269,17 +259,12 @@ class DAdaptMoments(Adapted):
     """
 
     agreed: ClassVar[tuple[str, ...]] = ("d0", "growth")
-    lr: str = "lr"
-    betas: str = "betas"
-    eps: str = "eps"
-    d0: str = "d0"
-    growth: str = "growth_rate"
+    lr: str = key("lr")
+    betas: str = key("betas")
+    eps: str = key("eps")
+    d0: str = key("d0")
+    growth: str = key("growth_rate")
     bias_correction: bool = False
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (*super().keys, self.betas, self.eps)
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """Moments and weighted sum."""
@@ -329,20 +314,15 @@ class DAdaptDual(Adapted):
     """
 
     scalars: ClassVar[tuple[str, ...]] = (*Adapted.scalars, "g0_norm")
-    lr: str = "lr"
-    momentum: str = "momentum"
-    d0: str = "d0"
-    growth: str = "growth_rate"
+    lr: str = key("lr")
+    momentum: str = key("momentum")
+    d0: str = key("d0")
+    growth: str = key("growth_rate")
 
     @property
     def reads_parameter(self) -> bool:
         """For the way from the start."""
         return True
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (*super().keys, self.momentum)
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """Start and weighted sum."""
@@ -395,9 +375,9 @@ class DistanceOverGradients(Distance):
 
     scalars: ClassVar[tuple[str, ...]] = ("distance", "gradients")
     agreed: ClassVar[tuple[str, ...]] = ("first", "eps")
-    lr: str = "lr"
-    first: str = "r_eps"
-    eps: str = "eps"
+    lr: str = key("lr")
+    first: str = key("r_eps")
+    eps: str = key("eps")
     weighted: bool = False
 
     @property
@@ -448,18 +428,13 @@ class DistanceByLayer(Part):
     """
 
     unit: ClassVar[Unit] = "block"
-    first: str = "r_eps"
-    eps: str = "eps"
+    first: str = key("r_eps")
+    eps: str = key("eps")
 
     @property
     def reads_parameter(self) -> bool:
         """For the way from the start."""
         return True
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.first, self.eps)
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The start, the distance from it, and the sum of squares."""

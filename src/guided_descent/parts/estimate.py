@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from guided_descent.parts.base import Batch, Hyper, Part, Slot, State
+from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, key
 from guided_descent.parts.rows import Number, Rows
 from guided_descent.routing.roles import Block
 
@@ -23,14 +23,9 @@ class Momentum(Part):
     State: ``momentum_buffer``, shaped like the parameter. Source: Polyak 1964; Sutskever et al. 2013.
     """
 
-    momentum: str = "momentum"
-    dampening: str = "dampening"
+    momentum: str = key("momentum")
+    dampening: str = key("dampening")
     nesterov: bool = False
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.momentum, self.dampening) if self.dampening else (self.momentum,)
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The momentum buffer."""
@@ -62,13 +57,8 @@ class Velocity(Part):
     """
 
     slot: ClassVar[str] = "momentum"
-    momentum: str = "momentum"
-    lr: str = "lr"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.momentum, self.lr)
+    momentum: str = key("momentum")
+    lr: str = key("lr")
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The velocity."""
@@ -93,15 +83,10 @@ class Ema(Part):
     with Nesterov. State: ``momentum_buffer``, or what ``name`` says, shaped like the parameter.
     """
 
-    beta: str = "momentum"
+    beta: str = key("momentum")
     nesterov: bool = False
     corrected: bool = False
     name: str = "momentum_buffer"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.beta,)
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The average."""
@@ -131,12 +116,7 @@ class LionMomentum(Part):
     Chen et al. 2023, 2302.06675.
     """
 
-    betas: str = "betas"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.betas,)
+    betas: str = key("betas")
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The momentum."""
@@ -164,13 +144,8 @@ class Moments(Part):
     ``exp_avg``, ``exp_avg_sq``, shaped like the parameter.
     """
 
-    betas: str = "betas"
-    eps: str = "eps"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.betas, self.eps)
+    betas: str = key("betas")
+    eps: str = key("eps")
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """First and second moment."""
@@ -244,14 +219,9 @@ class NadamMoments(Part):
     State: ``exp_avg``, ``exp_avg_sq``, and the product ``mu_product`` as a float64 scalar. Source: Dozat 2016.
     """
 
-    betas: str = "betas"
-    eps: str = "eps"
-    momentum_decay: str = "momentum_decay"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.betas, self.eps, self.momentum_decay)
+    betas: str = key("betas")
+    eps: str = key("eps")
+    momentum_decay: str = key("momentum_decay")
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """Both moments and the product of the momenta."""

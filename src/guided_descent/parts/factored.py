@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, Unit
+from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, Unit, key
 from guided_descent.parts.rows import Number, Rows
 from guided_descent.routing.roles import Block, Role
 
@@ -103,12 +103,7 @@ class FactoredRoot(Factored):
     with the axis over which they are means of length 1, or ``variance``.
     """
 
-    eps: str = "eps"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.eps,)
+    eps: str = key("eps")
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The second moment."""
@@ -142,13 +137,8 @@ class AdafactorRoot(FactoredRoot):
     1804.04235.
     """
 
-    decay: str = "beta2_decay"
-    cap: str = "beta2_cap"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (*super().keys, self.decay, self.cap)
+    decay: str = key("beta2_decay")
+    cap: str = key("beta2_cap")
 
     def gain(self, x: Batch, h: Hyper) -> Number:
         """A power of the step."""
@@ -159,12 +149,7 @@ class AdafactorRoot(FactoredRoot):
 class CameRoot(FactoredRoot):
     """CAME's quotient: the average has the second of ``betas`` as its memory. Source: Luo et al. 2023, 2307.02047."""
 
-    betas: str = "betas"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (*super().keys, self.betas)
+    betas: str = key("betas")
 
     def gain(self, x: Batch, h: Hyper) -> Number:
         """The same in every step."""
@@ -182,18 +167,13 @@ class BoundUpdate(Part):
 
     slot: ClassVar[str] = "scale"
     unit: ClassVar[Unit] = "block"
-    limit: str = "d"
-    floor: str = ""
+    limit: str = key("d")
+    floor: str = key("")
 
     @property
     def reads_parameter(self) -> bool:
         """For its size."""
         return bool(self.floor)
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.limit, self.floor) if self.floor else (self.limit,)
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Measure and scale."""
@@ -225,12 +205,7 @@ class RelativeStep(Part):
     """
 
     slot: ClassVar[str] = "scale"
-    lr: str = "lr"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.lr,)
+    lr: str = key("lr")
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Scale the direction; the step applies it."""
@@ -247,13 +222,8 @@ class Confidence(Factored):
     """
 
     slot: ClassVar[str] = "momentum"
-    betas: str = "betas"
-    eps: str = "eps"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.betas, self.eps)
+    betas: str = key("betas")
+    eps: str = key("eps")
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The momentum and the factors of S."""
@@ -286,12 +256,7 @@ class CoverMaxima(Part):
     """
 
     unit: ClassVar[Unit] = "block"
-    eps: str = "eps"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.eps,)
+    eps: str = key("eps")
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The covers of each axis."""
@@ -390,13 +355,8 @@ class CellMoments(Part):
     """
 
     unit: ClassVar[Unit] = "block"
-    betas: str = "betas"
-    eps: str = "eps"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.betas, self.eps)
+    betas: str = key("betas")
+    eps: str = key("eps")
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The first moment, and the second one of the cells."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from guided_descent.parts.base import Batch, Hyper, Slot, State
+from guided_descent.parts.base import Batch, Hyper, Keyed, Slot, State, key
 from guided_descent.parts.rows import Rows
 from guided_descent.routing.roles import Block
 
@@ -16,7 +16,7 @@ GRAFTS = ("sgd", "adagrad", "rmsprop", "adam")
 
 
 @dataclass(frozen=True)
-class Graft:
+class Graft(Keyed):
     """The length of a diagonal method: ``P <- P ||D||_F / ||P||_F`` for each matrix, 0 where ``||P||_F`` is 0.
 
     The second moment is kept from the gradient as it comes in, from the first step; the direction ``D`` is made of the
@@ -32,17 +32,12 @@ class Graft:
     """
 
     kind: str = "adam"
-    betas: str = "betas"
-    eps: str = "graft_eps"
+    betas: str = key("betas")
+    eps: str = key("graft_eps")
 
     def __post_init__(self) -> None:
         if self.kind not in GRAFTS:
             raise ValueError(f"kind={self.kind!r} must be one of {', '.join(map(repr, GRAFTS))}")
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.betas, self.eps)
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The second moment, where there is one."""

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, Unit
+from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, Unit, key
 from guided_descent.parts.decay import L2
 from guided_descent.routing.roles import Block
 
@@ -24,21 +24,16 @@ class LarsRatio(Part):
     """
 
     unit: ClassVar[Unit] = "block"
-    eta: str = "trust_coefficient"
-    weight_decay: str = "weight_decay"
-    eps: str = "eps"
-    lr: str = "lr"
+    eta: str = key("trust_coefficient")
+    weight_decay: str = key("weight_decay")
+    eps: str = key("eps")
+    lr: str = key("lr")
     clip: bool = False
 
     @property
     def reads_parameter(self) -> bool:
         """For its norm and the decay."""
         return True
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.eta, self.weight_decay, self.eps, self.lr)
 
     def lengths(self, x: Batch, s: State) -> Tensor:
         """The norm of each gradient [rows]."""
@@ -97,19 +92,14 @@ class NormMoments(Part):
     """
 
     unit: ClassVar[Unit] = "block"
-    betas: str = "betas"
-    eps: str = "eps"
-    weight_decay: str = "weight_decay"
+    betas: str = key("betas")
+    eps: str = key("eps")
+    weight_decay: str = key("weight_decay")
 
     @property
     def reads_parameter(self) -> bool:
         """For the decay."""
         return True
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.betas, self.eps, self.weight_decay)
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The momentum, and the averaged square of the norm."""

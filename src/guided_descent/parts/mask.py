@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from guided_descent.parts.base import Batch, Hyper, Part, State, Unit
+from guided_descent.parts.base import Batch, Hyper, Part, State, Unit, key
 from guided_descent.parts.numbers import hyper
 from guided_descent.parts.wrapper import Wrapper, wrapper
 from guided_descent.routing.roles import Block
@@ -25,12 +25,7 @@ class GradientMask(Part):
 
     slot: ClassVar[str] = "mask"
     unit: ClassVar[Unit] = "block"
-    floor: str = "cautious_floor"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.floor,)
+    floor: str = key("cautious_floor")
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Mask and scale, tensor by tensor."""

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from guided_descent.parts.base import Batch, Hyper, Needs, Part, Slot, State, Unit
+from guided_descent.parts.base import Batch, Hyper, Needs, Part, Slot, State, Unit, key
 from guided_descent.parts.decay import Decoupled
 from guided_descent.parts.rows import Number, Rows
 from guided_descent.parts.step import writable
@@ -27,14 +27,9 @@ class AdoptMoments(Part):
     Taniguchi et al. 2024, 2411.02853.
     """
 
-    betas: str = "betas"
-    eps: str = "eps"
-    clip: str = "clip_exponent"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.betas, self.eps, self.clip)
+    betas: str = key("betas")
+    eps: str = key("eps")
+    clip: str = key("clip_exponent")
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """First and second moment."""
@@ -98,15 +93,10 @@ class TwoMomenta(Part):
     ``exp_avg``, ``exp_avg_slow``, ``exp_avg_sq``. Source: Pagliardini, Ablin and Grangier 2024, 2409.03137.
     """
 
-    betas: str = "betas"
-    eps: str = "eps"
-    alpha: str = "alpha"
-    warmup: str = "alpha_warmup"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.betas, self.eps, self.alpha, self.warmup)
+    betas: str = key("betas")
+    eps: str = key("eps")
+    alpha: str = key("alpha")
+    warmup: str = key("alpha_warmup")
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """Both momenta and the second moment."""
@@ -153,13 +143,8 @@ class AdanMoments(Part):
     Source: Xie et al. 2022, 2208.06677.
     """
 
-    betas: str = "betas"
-    eps: str = "eps"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.betas, self.eps)
+    betas: str = key("betas")
+    eps: str = key("eps")
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """Three moments and the last gradient."""
@@ -206,17 +191,12 @@ class CorrectedGradient(Part):
 
     slot: ClassVar[str] = "clip"
     unit: ClassVar[Unit] = "block"
-    betas: str = "betas"
-    gamma: str = "gamma"
+    betas: str = key("betas")
+    gamma: str = key("gamma")
 
     def change(self, x: Batch, s: State) -> Rows:
         """The difference of gradients, in scratch."""
         return difference(x, s)
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.betas, self.gamma)
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The last gradient."""

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, Unit
+from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, Unit, key
 from guided_descent.parts.rows import Number, Rows
 from guided_descent.parts.step import StepRule, writable
 from guided_descent.routing.roles import Block
@@ -28,13 +28,8 @@ class MAbs(StepRule):
     multiplies ``lr_out``. Source: Kirtas, Passalis and Tefas 2023, 2307.07189.
     """
 
-    inner: str = "lr_in"
-    outer: str = "lr_out_scale"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.lr, self.inner, self.outer)
+    inner: str = key("lr_in")
+    outer: str = key("lr_out_scale")
 
     def squashed(self, x: Batch, h: Hyper) -> Rows:
         """``tanh(lr_in u)`` in the place of the direction."""
@@ -75,12 +70,7 @@ class HAbs(MAbs):
     Source: Kirtas, Passalis and Tefas 2023, 2307.07189.
     """
 
-    gamma: str = "gamma"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (*super().keys, self.gamma)
+    gamma: str = key("gamma")
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Take off a share of each weight and a share of the direction."""
@@ -107,13 +97,8 @@ class BoundedRatio(Part):
     ``exp_avg_sq``. Source: Bernstein et al. 2020, 2006.14560.
     """
 
-    beta: str = "beta"
-    bound: str = "g_bound"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.beta, self.bound)
+    beta: str = key("beta")
+    bound: str = key("g_bound")
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The mean square."""
@@ -141,12 +126,7 @@ class Exponential(StepRule):
     """
 
     unit: ClassVar[Unit] = "block"
-    bound: str = "p_scale"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.lr, self.bound)
+    bound: str = key("p_scale")
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The root mean square of the weights before the first update."""

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from guided_descent.parts.base import Batch, Hyper, Part, State, Unit
+from guided_descent.parts.base import Batch, Hyper, Part, State, Unit, key
 from guided_descent.routing.roles import Block
 
 #: Lengths of an orthogonal update of shape (m, n) = (out, in). Learning rates are not comparable across them.
@@ -30,12 +30,7 @@ class MatrixScale(Part):
     """Multiply an orthogonal direction ``[m, n]`` by its convention's factor; see ``SCALES``."""
 
     slot: ClassVar[str] = "scale"
-    scale: str = "scale"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.scale,)
+    scale: str = key("scale")
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Scale the direction; the step applies it."""
@@ -48,12 +43,7 @@ class MatchRms(Part):
 
     slot: ClassVar[str] = "scale"
     unit: ClassVar[Unit] = "matrix"
-    rms: str = "update_rms"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.rms,)
+    rms: str = key("update_rms")
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Measure each matrix and scale it."""
@@ -72,12 +62,7 @@ class InverseTime(Part):
     """A step that shrinks with the parameter's own count of updates: ``u <- u / (1 + (t - 1) lr_decay)``."""
 
     slot: ClassVar[str] = "scale"
-    lr_decay: str = "lr_decay"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.lr_decay,)
+    lr_decay: str = key("lr_decay")
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Scale the direction; the step applies it."""

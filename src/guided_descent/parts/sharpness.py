@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from guided_descent.parts.base import Batch, Hyper, Needs, Part, State
+from guided_descent.parts.base import Batch, Hyper, Needs, Part, State, key
 from guided_descent.parts.numbers import hyper
 from guided_descent.parts.rows import Rows
 from guided_descent.parts.wrapper import Wrapper, wrapper
@@ -28,12 +28,7 @@ class Ascent(Part):
 
     slot: ClassVar[str] = "clip"
     needs: ClassVar[Needs] = Needs(evaluations=2)
-    rho: str = "sam_rho"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.rho,)
+    rho: str = key("sam_rho")
 
     def stretch(self, x: Batch, h: Hyper) -> Rows:
         """``T g``, where T measures the neighbourhood: the identity here."""
@@ -67,18 +62,13 @@ class ScaledAscent(Ascent):
     2102.11600.
     """
 
-    rho: str = "asam_rho"
-    eta: str = "asam_eta"
+    rho: str = key("asam_rho")
+    eta: str = key("asam_eta")
 
     @property
     def reads_parameter(self) -> bool:
         """As the size of the neighbourhood."""
         return True
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.rho, self.eta)
 
     def stretch(self, x: Batch, h: Hyper) -> Rows:
         """``T g``, in scratch."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from guided_descent.parts.base import Hyper, Part, Policy
+from guided_descent.parts.base import Hyper, Part, Policy, key
 
 
 @dataclass(frozen=True)
@@ -16,15 +16,10 @@ class Slow(Part):
     work that was started on a background thread is used.
     """
 
-    frequency: str = "precondition_frequency"
-    schedule: str = "refresh_schedule"
-    tolerance: str = "refresh_tolerance"
-    lag: str = "refresh_lag"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.frequency, self.schedule, self.tolerance, self.lag)
+    frequency: str = key("precondition_frequency")
+    schedule: str = key("refresh_schedule")
+    tolerance: str = key("refresh_tolerance")
+    lag: str = key("refresh_lag")
 
     def policy(self, h: Hyper) -> Policy:
         """When its tasks are redone.

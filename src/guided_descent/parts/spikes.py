@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, Unit
+from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, Unit, key
 from guided_descent.parts.clip import block_norms, bounded, shorten, square
 from guided_descent.parts.numbers import hyper, static
 from guided_descent.parts.wrapper import Wrapper, wrapper
@@ -33,15 +33,10 @@ class DeviationClip(Part):
     """
 
     slot: ClassVar[str] = "clip"
-    z_max: str = "zclip_z_max"
-    beta: str = "zclip_beta"
-    max_norm: str = "zclip_max_norm"
+    z_max: str = key("zclip_z_max")
+    beta: str = key("zclip_beta")
+    max_norm: str = key("zclip_max_norm")
     warmup: int = 25
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.z_max, self.beta, self.max_norm)
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """Steps, mean, variance and factor."""
@@ -90,15 +85,10 @@ class HistoryClip(Part):
 
     slot: ClassVar[str] = "clip"
     unit: ClassVar[Unit] = "block"
-    rel: str = "adagc_rel"
-    beta: str = "adagc_beta"
-    max_norm: str = "adagc_max_norm"
+    rel: str = key("adagc_rel")
+    beta: str = key("adagc_beta")
+    max_norm: str = key("adagc_max_norm")
     warmup: int = 100
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.rel, self.beta, self.max_norm)
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """Gamma; 0 until a norm has been seen."""
@@ -136,14 +126,9 @@ class SpikeRefusal(Part):
     """
 
     slot: ClassVar[str] = "clip"
-    factor: str = "skip_spikes_factor"
-    beta: str = "skip_spikes_beta"
+    factor: str = key("skip_spikes_factor")
+    beta: str = key("skip_spikes_beta")
     warmup: int = 20
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.factor, self.beta)
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """Steps and average."""

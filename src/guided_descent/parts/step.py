@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from guided_descent.parts.base import Batch, Hyper, Part, State
+from guided_descent.parts.base import Batch, Hyper, Part, State, key
 from guided_descent.parts.rows import Number, Rows
 from guided_descent.routing.roles import Block
 
@@ -25,12 +25,7 @@ class Descend(Part):
     """The additive step: ``p <- p - lr u``."""
 
     slot: ClassVar[str] = "step"
-    lr: str = "lr"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.lr,)
+    lr: str = key("lr")
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Subtract the direction, scaled."""
@@ -51,12 +46,7 @@ class StepRule(Part):
 
     slot: ClassVar[str] = "step"
     replaces: ClassVar[frozenset[str]] = frozenset({"step"})
-    lr: str = "lr"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.lr,)
+    lr: str = key("lr")
 
     def among(self, parts: tuple[Part, ...]) -> tuple[Part, ...]:
         """All parts but those in the slots that it replaces.

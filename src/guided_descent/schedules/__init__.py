@@ -9,7 +9,52 @@ Example:
 """
 
 from . import curves
+from .branching import branch
 from .curves import Curve
-from .schedule import Schedule, accepted_steps, constant, cosine, linear, wsd
+from .named import (
+    constant,
+    cosine,
+    exponential,
+    inverse_sqrt,
+    linear,
+    noam,
+    one_cycle,
+    polynomial,
+    power,
+    power_timescale,
+    restarts,
+    rex,
+    step,
+    trapezoid,
+    wsd,
+)
+from .schedule import Schedule, accepted_steps
+from .sketch import sketch
+from .together import Together
+from .tokens import Tokens
 
-__all__ = ["Curve", "Schedule", "accepted_steps", "constant", "cosine", "curves", "linear", "wsd"]
+__all__ = [
+    "Curve",
+    "Schedule",
+    "Together",
+    "Tokens",
+    "accepted_steps",
+    "branch",
+    "constant",
+    "cosine",
+    "curves",
+    "exponential",
+    "inverse_sqrt",
+    "linear",
+    "noam",
+    "one_cycle",
+    "polynomial",
+    "power",
+    "power_timescale",
+    "restarts",
+    "rex",
+    "sketch",
+    "step",
+    "trapezoid",
+    "wsd",
+]

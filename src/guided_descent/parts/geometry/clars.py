@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from guided_descent.parts.base import Batch, Hyper, Slot, State
+from guided_descent.parts.base import Batch, Hyper, Slot, State, key
 from guided_descent.parts.geometry.reading import Reading, admit, gather, hold_uncaptured
 from guided_descent.parts.layerwise import LarsRatio
 from guided_descent.routing.roles import Block
@@ -36,12 +36,7 @@ class ClarsRatio(Reading, LarsRatio):
     its abstract and secondary notes, with LARS's handling of decay and of zeros.
     """
 
-    every: str = "factor_frequency"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.eta, self.weight_decay, self.eps, self.lr, self.every)
+    every: str = key("factor_frequency")
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The mean norm of the samples' gradients, and the number of captures."""

@@ -14,7 +14,7 @@ from torch._compile import _disable_dynamo
 from guided_descent.linalg.norms import full_float32
 from guided_descent.linalg.orthonormal import orthonormal
 from guided_descent.linalg.workspace import Workspace
-from guided_descent.parts.base import Batch, Count, Hyper, Part, Slot, State, Unit
+from guided_descent.parts.base import Batch, Count, Hyper, Part, Slot, State, Unit, key
 from guided_descent.parts.geometry.psgd import number
 from guided_descent.parts.geometry.spectral import Polar
 from guided_descent.routing.roles import Block
@@ -41,14 +41,9 @@ class LowRankPolar(Part):
     slot: ClassVar[str] = "geometry"
     unit: ClassVar[Unit] = "matrix"
     rank_fraction: float = 0.25
-    momentum: str = "momentum"
-    eps: str = "eps"
-    seed: str = "seed"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.momentum, self.eps, self.seed)
+    momentum: str = key("momentum")
+    eps: str = key("eps")
+    seed: str = key("seed")
 
     def rank(self, block: Block) -> int:
         """Columns of Q."""
@@ -143,12 +138,7 @@ class SelectedPolar(Polar):
     """
 
     fraction: float = 0.25
-    momentum: str = "momentum"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (*super().keys, self.momentum)
+    momentum: str = key("momentum")
 
     def chosen(self, block: Block) -> int:
         """How many slices are used in a step."""

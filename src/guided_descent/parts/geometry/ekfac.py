@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from guided_descent.parts.base import Batch, Found, Hyper, Slot, State
+from guided_descent.parts.base import Batch, Found, Hyper, Slot, State, key
 from guided_descent.parts.damping import add_joint
 from guided_descent.parts.geometry.kfac import Kfac, spectrum
 from guided_descent.parts.geometry.reading import chunks, finite, gather, over
@@ -31,17 +31,7 @@ class Ekfac(Kfac):
     State: that of ``Kfac`` and ``scales`` [m, n]. Source: George et al. 2018, 1806.03884.
     """
 
-    carries: str = "second_moment"
-
-    @property
-    def observes_state(self) -> bool:
-        """The basis in which it sees gradients."""
-        return True
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (*super().keys, self.carries)
+    carries: str = key("second_moment")
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """Those of K-FAC and the scales."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from guided_descent.linalg.eigen import eigenbasis, off_diagonal
-from guided_descent.parts.base import Batch, Found, Hyper, Policy, Slot, State, Task
+from guided_descent.parts.base import Batch, Found, Hyper, Policy, Slot, State, Task, key
 from guided_descent.parts.damping import add_joint, cross_validated, dominant, factored, strength
 from guided_descent.parts.geometry.kronecker import SIDES, basis_results, next_basis, rotate
 from guided_descent.parts.geometry.reading import Reading, admit, estimate, finite, gather, hold_uncaptured, over
@@ -64,22 +64,17 @@ class Kfac(Reading, Slow):
     2311.00636; right side alone: Benzing 2022, 2201.12250.
     """
 
-    damping: str = "damping"
-    decay: str = "factor_decay"
-    every: str = "factor_frequency"
-    approx: str = "approx"
-    fisher: str = "fisher"
-    method: str = "refresh_method"
-    product: str = "product_dtype"
+    damping: str = key("damping")
+    decay: str = key("factor_decay")
+    every: str = key("factor_frequency")
+    approx: str = key("approx")
+    fisher: str = key("fisher")
+    method: str = key("refresh_method")
+    product: str = key("product_dtype")
     sides: str = "both"
     form: str = "eigenbasis"
     rule: str = "fixed"
     max_dim: int = 8192
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (*super().keys, self.damping, self.decay, self.method, self.product)
 
     def policy(self, h: Hyper) -> Policy:
         """As the group says; steps with captures are left to the small factors."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from guided_descent.parts.base import Batch, Found, Hyper, Part, Slot, State
+from guided_descent.parts.base import Batch, Found, Hyper, Part, Slot, State, key
 from guided_descent.parts.estimate import AdamMoments
 from guided_descent.parts.geometry.kronecker import (
     SIDES,
@@ -45,11 +45,7 @@ class KLEigenbasis(Eigenbasis):
     """
 
     inner: Part = field(default_factory=lambda: AdamMoments(late_correction=True))
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return tuple(key for key in super().keys if key != self.carry)
+    carry: str = key("")
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """Eigenvalues beside factors, bases and the state of the inner part."""
@@ -103,12 +99,7 @@ class KLRoots(KLEigenbasis):
     """
 
     inner: Part = field(default_factory=Part)  # nothing lives in the eigenbasis
-    eps: str = "eps"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (*super().keys, self.eps)
+    eps: str = key("eps")
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The filtered gradient beside factors, bases and eigenvalues."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from guided_descent.linalg.eigen import FAILED, eigenbasis, matching, off_diagonal, track_basis
 from guided_descent.linalg.gram import add_gram
-from guided_descent.parts.base import Batch, Found, Hyper, Part, Slot, State, Task, Unit
+from guided_descent.parts.base import Batch, Found, Hyper, Part, Slot, State, Task, Unit, key
 from guided_descent.parts.estimate import AdamMoments
 from guided_descent.parts.rows import Number
 from guided_descent.parts.slow import Slow
@@ -48,18 +48,13 @@ class Eigenbasis(Slow):
     slot: ClassVar[str] = "geometry"
     unit: ClassVar[Unit] = "matrix"
     inner: Part = field(default_factory=lambda: AdamMoments(late_correction=True))
-    beta: str = "shampoo_beta"
-    betas: str = "betas"
-    method: str = "refresh_method"
-    carry: str = "second_moment"
-    product: str = "product_dtype"
+    beta: str = key("shampoo_beta")
+    betas: str = key("betas")
+    method: str = key("refresh_method")
+    carry: str = key("second_moment")
+    product: str = key("product_dtype")
     max_dim: int = 10_000
     one_sided: bool = False
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads, those of the inner part included."""
-        return (*super().keys, self.beta, self.betas, self.method, self.carry, self.product, *self.inner.keys)
 
     def sides(self, block: Block) -> dict[str, int]:
         """The preconditioned sides and their lengths."""

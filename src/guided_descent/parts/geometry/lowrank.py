@@ -12,7 +12,7 @@ from torch._compile import _disable_dynamo
 
 from guided_descent.linalg.eigen import FAILED, eigenbasis
 from guided_descent.linalg.workspace import Workspace
-from guided_descent.parts.base import Batch, Found, Hyper, Part, Slot, State, Task, Unit
+from guided_descent.parts.base import Batch, Found, Hyper, Part, Slot, State, Task, Unit, key
 from guided_descent.parts.estimate import AdamMoments
 from guided_descent.parts.geometry.kronecker import stacked
 from guided_descent.parts.geometry.psgd import number
@@ -40,11 +40,6 @@ class LowRank(Part):
     inner: Part = field(default_factory=AdamMoments)
     rank: int = 128
     side: str = "std"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads, those of the inner part included."""
-        return (*super().keys, *self.inner.keys)
 
     def left(self, shape: Sequence[int]) -> bool:
         """Whether the rows of ``[..., m, n]`` are projected."""
@@ -131,15 +126,10 @@ class Subspace(LowRank, Slow):
     """
 
     reads_gradient: ClassVar[bool] = True
-    frequency: str = "update_proj_gap"
-    scale: str = "scale"
-    method: str = "refresh_method"
-    carry: str = "carry"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (*super().keys, self.scale, self.method, self.carry)
+    frequency: str = key("update_proj_gap")
+    scale: str = key("scale")
+    method: str = key("refresh_method")
+    carry: str = key("carry")
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The basis and the inner state."""
@@ -226,12 +216,7 @@ class FullRankSubspace(Subspace):
     GaLore's, and ``last_norm``, one number for each matrix. Source: Chen et al. 2024, 2410.01623.
     """
 
-    growth: str = "growth_limit"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (*super().keys, self.growth)
+    growth: str = key("growth_limit")
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """GaLore's state, and the length of the last residual."""
@@ -264,15 +249,10 @@ class ProjectedScale(LowRank):
     matrix. State: the inner state in R's shape. Source: Zhu et al. 2024, 2412.05270.
     """
 
-    gap: str = "update_proj_gap"
-    scale: str = "scale"
-    seed: str = "seed"
+    gap: str = key("update_proj_gap")
+    scale: str = key("scale")
+    seed: str = key("seed")
     channel: bool = True
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (*super().keys, self.gap, self.scale, self.seed)
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Project, run the inner part, compare lengths, scale."""
@@ -303,12 +283,7 @@ class GrowthLimit(Part):
 
     slot: ClassVar[str] = "scale"
     unit: ClassVar[Unit] = "matrix"
-    growth: str = "growth_limit"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.growth,)
+    growth: str = key("growth_limit")
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The last length."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from guided_descent.linalg.workspace import Workspace
-from guided_descent.parts.base import Batch, Hyper, Part, State, Unit
+from guided_descent.parts.base import Batch, Hyper, Part, State, Unit, key
 from guided_descent.parts.geometry.spectral import Polar, sign_
 from guided_descent.routing.roles import Block, Role
 
@@ -41,12 +41,7 @@ class Lmo(Part):
     """
 
     slot: ClassVar[str] = "geometry"
-    radius: str = "radius"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (*super().keys, self.radius) if self.radius else super().keys
+    radius: str = key("radius")
 
     def ball(self, u: Tensor, block: Block, h: Hyper, work: Workspace | None = None) -> float:
         """Replace ``u`` by ``lmo(u)`` in place, but for the factor that it returns.

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from guided_descent.linalg.workspace import Workspace
-from guided_descent.parts.base import Batch, Count, Hyper, Part, Slot, State, Unit
+from guided_descent.parts.base import Batch, Count, Hyper, Part, Slot, State, Unit, key
 from guided_descent.parts.rows import Number, Rows
 from guided_descent.routing.roles import Block
 
@@ -49,15 +49,10 @@ class Whiten(Part):
 
     slot: ClassVar[str] = "geometry"
     source: str = "gradient"
-    momentum: str = "momentum"
-    rate: str = "precond_lr"
-    init: str = "precond_init"
-    clip: str = "clip_rms"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.momentum, self.rate, self.init, self.clip)
+    momentum: str = key("momentum")
+    rate: str = key("precond_lr")
+    init: str = key("precond_init")
+    clip: str = key("clip_rms")
 
     def shorten(self, x: Batch, h: Hyper) -> None:
         """Shorten the direction of a whitened momentum."""
@@ -77,14 +72,9 @@ class Fitted(Whiten):
     unit: ClassVar[Unit] = "matrix"
     #: Slots of Q and of the curvature bounds, as ``whiten`` gets them.
     fitted: ClassVar[tuple[str, ...]] = ()
-    probability: str = "update_probability"
-    always: str = "update_always"
-    seed: str = "seed"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (*super().keys, self.probability, self.always, self.seed)
+    probability: str = key("update_probability")
+    always: str = key("update_always")
+    seed: str = key("seed")
 
     def update(self, x: Batch, s: State, h: Hyper, total: Mapping[str, Tensor]) -> None:
         """Advance the momentum, fit Q where this step does, whiten."""
@@ -290,8 +280,8 @@ def normals(like: Tensor, keys: Sequence[str], seed: int, step: int, salt: str, 
     They are drawn in float32 whatever the dtype, which then sees the same numbers.
     """
     raw = work.take("psgd.normals", like.shape, torch.float32, like.device)
-    for row, key in zip(raw, keys):
-        row.normal_(generator=torch.Generator(like.device).manual_seed(number(f"{seed}/{key}/{step}/{salt}")))
+    for row, name in zip(raw, keys):
+        row.normal_(generator=torch.Generator(like.device).manual_seed(number(f"{seed}/{name}/{step}/{salt}")))
     return raw if like.dtype == raw.dtype else work.take("psgd.draw", like.shape, like.dtype, like.device).copy_(raw)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from guided_descent.parts.base import Batch, Hyper, Needs, Part, Slot, State, Unit
+from guided_descent.parts.base import Batch, Hyper, Needs, Part, Slot, State, Unit, key
 from guided_descent.routing.roles import Block
 
 if TYPE_CHECKING:
@@ -30,14 +30,9 @@ class Reading(Part):
     slot: ClassVar[str] = "geometry"
     unit: ClassVar[Unit] = "matrix"
     needs: ClassVar[Needs] = Needs(layer_io=True)
-    every: str
-    approx: str
-    fisher: str
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (*super().keys, self.every, self.approx, self.fisher)
+    every: str = key()
+    approx: str = key()
+    fisher: str = key()
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The number of captures."""

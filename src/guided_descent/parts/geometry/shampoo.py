@@ -13,7 +13,7 @@ from guided_descent.linalg.eigen import FAILED, eigenbasis
 from guided_descent.linalg.gram import add_gram
 from guided_descent.linalg.norms import power_iteration
 from guided_descent.linalg.roots import inverse_root
-from guided_descent.parts.base import Batch, Found, Hyper, Part, Slot, State, Task, Unit
+from guided_descent.parts.base import Batch, Found, Hyper, Part, Slot, State, Task, Unit, key
 from guided_descent.parts.geometry.kronecker import (
     SIDES,
     Eigenbasis,
@@ -67,17 +67,16 @@ class KroneckerRoots(Slow):
     graft: Graft | None = None
     max_dim: int = 10_000
     one_sided: bool = False
-    beta: str = "shampoo_beta"
-    betas: str = "betas"
-    eps: str = "eps"
-    start: str = "start_preconditioning_step"
-    product: str = "product_dtype"
+    beta: str = key("shampoo_beta")
+    betas: str = key("betas")
+    eps: str = key("eps")
+    start: str = key("start_preconditioning_step")
+    product: str = key("product_dtype")
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Group keys it reads, those of the graft included."""
-        graft = (self.start, *self.graft.keys) if self.graft else ()
-        return (*super().keys, self.beta, self.betas, self.eps, self.product, *graft)
+        """Group keys it reads: when to start is for a graft alone."""
+        return tuple(name for name in super().keys if self.graft or name != self.start)
 
     def sides(self, block: Block) -> dict[str, int]:
         """The preconditioned sides and their lengths."""
@@ -229,12 +228,7 @@ class GramRoot(KroneckerRoots):
 class SecondMoment(Part):
     """``v <- b2 v + (1 - b2) u^2``; the direction stays. State: ``exp_avg_sq``."""
 
-    betas: str = "betas"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.betas,)
+    betas: str = key("betas")
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The second moment."""
@@ -261,12 +255,7 @@ class CorrectedEigenbasis(Eigenbasis):
     """
 
     inner: Part = field(default_factory=SecondMoment)
-    eps: str = "eps"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (*super().keys, self.eps)
+    eps: str = key("eps")
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The filtered gradient beside factors, bases and second moment."""

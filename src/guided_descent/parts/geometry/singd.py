@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from guided_descent.parts.base import Batch, Hyper, Slot, State
+from guided_descent.parts.base import Batch, Hyper, Slot, State, key
 from guided_descent.parts.geometry.kronecker import SIDES
 from guided_descent.parts.geometry.reading import Reading, admit, finite, gather, hold_uncaptured, over
 from guided_descent.routing.roles import Block
@@ -145,26 +145,16 @@ class InverseFree(Reading):
     Gaussian metric; the starting roots are this library's choice).
     """
 
-    damping: str = "damping"
-    factor_lr: str = "factor_lr"
-    motion: str = "factor_momentum"
-    every: str = "factor_frequency"
-    approx: str = "approx"
-    fisher: str = "fisher"
+    damping: str = key("damping")
+    factor_lr: str = key("factor_lr")
+    motion: str = key("factor_momentum")
+    every: str = key("factor_frequency")
+    approx: str = key("approx")
+    fisher: str = key("fisher")
     structure: str = "dense"
     width: int = 32
     adaptive: bool = True
     staggered: bool = False
-
-    @property
-    def observes_state(self) -> bool:
-        """The roots with which it turns what it sees."""
-        return True
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (*super().keys, self.damping, self.factor_lr, self.motion)
 
     def of(self, d: int) -> Structure:
         """The structure of a side of length d."""

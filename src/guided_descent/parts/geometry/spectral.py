@@ -11,7 +11,7 @@ from torch import Tensor
 
 from guided_descent.linalg.polar import polar
 from guided_descent.linalg.workspace import Workspace
-from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, Unit
+from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, Unit, key
 from guided_descent.routing.roles import Block
 
 #: Dtypes in which the orthogonalisation may run; ``auto`` is bfloat16 where the device multiplies it natively.
@@ -32,16 +32,11 @@ class Polar(Part):
 
     slot: ClassVar[str] = "geometry"
     unit: ClassVar[Unit] = "matrix"
-    coefficients: str = "coefficients"
-    steps: str = "ns_steps"
-    dtype: str = "ns_dtype"
-    method: str = "ns_method"
-    eps: str = "eps"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.coefficients, self.steps, self.dtype, self.method, self.eps)
+    coefficients: str = key("coefficients")
+    steps: str = key("ns_steps")
+    dtype: str = key("ns_dtype")
+    method: str = key("ns_method")
+    eps: str = key("eps")
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """None: the polar factor remembers nothing."""
@@ -137,14 +132,9 @@ class NeuronRms(Part):
 
     slot: ClassVar[str] = "geometry"
     unit: ClassVar[Unit] = "matrix"
-    beta: str = "beta2"
-    eps: str = "moment_eps"
+    beta: str = key("beta2")
+    eps: str = key("moment_eps")
     longer: bool = False
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.beta, self.eps)
 
     def _over(self, shape: tuple[int, ...]) -> int:
         """The axis over which squares are averaged."""
@@ -182,13 +172,8 @@ class ElementRms(Part):
     """
 
     slot: ClassVar[str] = "geometry"
-    beta: str = "momentum"
-    eps: str = "moment_eps"
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.beta, self.eps)
+    beta: str = key("momentum")
+    eps: str = key("moment_eps")
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The averaged square."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from guided_descent.linalg.eigen import eigenbasis
-from guided_descent.parts.base import Batch, Found, Hyper, Part, Slot, State, Task
+from guided_descent.parts.base import Batch, Found, Hyper, Part, Slot, State, Task, key
 from guided_descent.parts.decay import Decoupled
 from guided_descent.parts.geometry.kronecker import Eigenbasis, next_basis, rotate, start_bases
 from guided_descent.routing.roles import Block
@@ -35,11 +35,7 @@ class SignEigenbasis(Eigenbasis):
     """
 
     inner: Part = field(default_factory=Part)  # nothing lives in the eigenbasis
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return tuple(key for key in super().keys if key != self.carry)
+    carry: str = key("")
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The filtered gradient, factors and bases."""

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, Unit
+from guided_descent.parts.base import Batch, Hyper, Part, Slot, State, Unit, key
 from guided_descent.routing.roles import Block
 
 #: What one covariance covers: a whole layer, or each row of its matrix (a neuron and its inputs).
@@ -36,17 +36,12 @@ class LowRankNatural(Part):
 
     slot: ClassVar[str] = "geometry"
     unit: ClassVar[Unit] = "matrix"
-    damping: str = "damping"
-    gamma: str = "gamma"
+    damping: str = key("damping")
+    gamma: str = key("gamma")
     span: str = "neuron"
     rank: int = 5
     every: int = 10
     staggered: bool = False
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Group keys it reads."""
-        return (self.damping, self.gamma)
 
     def slots(self, block: Block) -> dict[str, Slot]:
         """The columns of each covariance, as rows."""
