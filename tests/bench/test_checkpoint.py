@@ -137,7 +137,7 @@ FILES = ("tensors.safetensors", "state.json", "manifest.json", "COMPLETE")
 
 
 @given(st.sampled_from(FILES), st.floats(0, 1, exclude_max=True), st.integers(0, 7))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_one_flipped_bit_is_detected_and_named_and_the_one_before_is_used(name, where, bit):
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

@@ -151,7 +151,7 @@ def test_a_full_disk_is_4_and_loses_nothing(slow):
     assert code == 0, err
 
 
-@pytest.mark.parametrize("missing", ["typer", "rich", "scipy"])
+@pytest.mark.parametrize("missing", ["typer", "rich", "scipy", "safetensors"])
 def test_a_missing_library_prints_the_pip_line(missing):
     script = (
         f"import sys; sys.modules[{missing!r}] = None\n"
