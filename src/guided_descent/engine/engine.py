@@ -607,8 +607,8 @@ class Engine:
             return piece.scratch(f"{name}{place.tag}", work)
 
         def read() -> Rows:
-            if w.bucket.blind:
-                names = ", ".join(type(part).__name__ for part in w.parts)
+            if piece.bucket.blind:
+                names = ", ".join(type(part).__name__ for part in piece.bucket.parts)
                 raise TypeError(f"one of {names} reads x.p and does not say so: define its reads_parameter")
             return self._load(piece, f"parameter{place.tag}") if piece.half else piece.p
 
