@@ -107,6 +107,7 @@ class RoutedOptimizer(Optimizer):
         parts, self._wrappers = sort_out(add)
         assembly = assemble(params, recipe, rules, engine, self._wrappers, parametrization)
         self.table = Table(assembly.entries)
+        _check_readable(recipe, assembly)
         sharing = settle(params, parallel, mesh, wire_dtype, workspace_mb)
         self._start(
             assembly.groups,
@@ -353,6 +354,18 @@ _BUILD_KEYS = (
 
 
 # -- assembling groups ---------------------------------------------------------------------------------------------
+
+
+def _check_readable(recipe: Recipe, assembly: Assembly) -> None:
+    """A recipe that reads layers would leave all that are sharded to its auxiliary recipe."""
+    reading = next((r.label for r in (recipe, *assembly.recipes) if r.reads_layers), "")
+    sharded = next((n for g in assembly.groups for n, p in zip(g["param_names"], g["params"]) if is_dtensor(p)), "")
+    if reading and sharded:
+        raise TypeError(
+            f"{reading} reads the inputs and output gradients of layers, which is not supported where they are sharded "
+            f"({sharded!r} is a DTensor): use DistributedDataParallel, or a recipe that reads no layers, such as muon, "
+            "soap or shampoo"
+        )
 
 
 def assemble(

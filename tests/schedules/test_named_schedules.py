@@ -167,7 +167,7 @@ def test_tokens_of_a_growing_batch(name):
         schedule.finish()
 
 
-@pytest.mark.parametrize("shape", [*curves.COOLDOWNS, curves.linear], ids=str)
+@pytest.mark.parametrize("shape", [*curves.COOLDOWNS, curves.linear], ids=[*curves.COOLDOWNS, "a curve"])
 def test_every_shape_of_a_cooldown(shape):
     forms = {
         "one_minus_sqrt": lambda q: 1 - math.sqrt(q),

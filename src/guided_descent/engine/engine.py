@@ -606,9 +606,11 @@ class Engine:
             place.started = True
             return piece.scratch(f"{name}{place.tag}", work)
 
-        def read() -> Rows:
-            if piece.bucket.blind:
-                names = ", ".join(type(part).__name__ for part in piece.bucket.parts)
+        bucket = w.bucket
+
+        def read() -> Rows:  # without w, which holds the batch and would be held by it
+            if bucket.blind:
+                names = ", ".join(type(part).__name__ for part in bucket.parts)
                 raise TypeError(f"one of {names} reads x.p and does not say so: define its reads_parameter")
             return self._load(piece, f"parameter{place.tag}") if piece.half else piece.p
 

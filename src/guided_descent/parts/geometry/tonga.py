@@ -69,12 +69,14 @@ class LowRankNatural(Part):
         columns.scatter_(2, place[..., None].expand(*newest.shape), newest)
         scaled = x.work.take("tonga", columns.shape, columns.dtype, columns.device)
         gram, scale = self.gram(columns, scaled)
-        system = gram.clone()
+        system = x.work.take("tonga.system", gram.shape, gram.dtype, gram.device).copy_(gram)
         lam = h[self.damping] / scale.square()
         noise = torch.finfo(columns.dtype).eps * system.shape[-1]
         system.diagonal(dim1=-2, dim2=-1).add_((lam + noise)[..., None])
         unit = torch.zeros(system.shape[:-1], dtype=system.dtype, device=u.device).scatter_(2, place, 1.0)
-        factor, _ = torch.linalg.cholesky_ex(system)
+        factor = x.work.take("tonga.factor", gram.shape, gram.dtype, gram.device).mT  # columns first, as LAPACK writes
+        info = x.work.take("tonga.info", gram.shape[:-2], torch.int32, gram.device)
+        torch.linalg.cholesky_ex(system, out=(factor, info))
         weights = torch.cholesky_solve(unit[..., None], factor).squeeze(-1) / scale[..., None]
         torch.div(columns, scale[..., None, None].to(columns.dtype), out=scaled)
         torch.matmul(weights.to(columns.dtype).unsqueeze(-2), scaled, out=newest)
