@@ -18,7 +18,7 @@ from guided_descent.engine.observing import Observer
 from guided_descent.engine.optimizer import ENGINE_KEYS, Optimizer
 from guided_descent.layers import Layer, find_layers, joined, not_read, undivided, watched, why_not_read
 from guided_descent.parallel.boxes import is_dtensor
-from guided_descent.parallel.sharing import ranks_of_data, settle
+from guided_descent.parallel.sharing import check_readable, settle
 from guided_descent.parts.base import Part
 from guided_descent.parts.numbers import listed
 from guided_descent.parts.wrapper import Wrapper, keys_of, sort_out
@@ -105,9 +105,10 @@ class RoutedOptimizer(Optimizer):
         self._base = recipe
         self._engine_options = engine
         parts, self._wrappers = sort_out(add)
+        if isinstance(params, nn.Module) and recipe.reads_layers:
+            check_readable(params, recipe.label)
         assembly = assemble(params, recipe, rules, engine, self._wrappers, parametrization)
         self.table = Table(assembly.entries)
-        _check_readable(recipe, assembly)
         sharing = settle(params, parallel, mesh, wire_dtype, workspace_mb)
         self._start(
             assembly.groups,
@@ -159,7 +160,8 @@ class RoutedOptimizer(Optimizer):
         attention = self._noted("max_logits")
         owners = self._engine.bind().owners
         if owners is not None and (attention or self._blocks_read) and any(map(is_dtensor, inner.parameters())):
-            self._engine.process_group = ranks_of_data(inner, owners)
+            check_readable(inner, self._base.label)
+            self._engine.process_group = owners.ranks.group
         self._logits = AttentionLogits(inner, attention, partial(self.note, "max_logits")) if attention else None
         if self._blocks_read:
             self._read_layers(inner, loss, scaler)
@@ -354,18 +356,6 @@ _BUILD_KEYS = (
 
 
 # -- assembling groups ---------------------------------------------------------------------------------------------
-
-
-def _check_readable(recipe: Recipe, assembly: Assembly) -> None:
-    """A recipe that reads layers would leave all that are sharded to its auxiliary recipe."""
-    reading = next((r.label for r in (recipe, *assembly.recipes) if r.reads_layers), "")
-    sharded = next((n for g in assembly.groups for n, p in zip(g["param_names"], g["params"]) if is_dtensor(p)), "")
-    if reading and sharded:
-        raise TypeError(
-            f"{reading} reads the inputs and output gradients of layers, which is not supported where they are sharded "
-            f"({sharded!r} is a DTensor): use DistributedDataParallel, or a recipe that reads no layers, such as muon, "
-            "soap or shampoo"
-        )
 
 
 def assemble(

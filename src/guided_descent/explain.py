@@ -12,6 +12,8 @@ import torch
 from guided_descent.build import RoutedOptimizer
 from guided_descent.engine.binding import stored_slots
 from guided_descent.engine.state import work_dtype
+from guided_descent.parallel import Assignment
+from guided_descent.parallel.sharing import flops
 from guided_descent.parts.base import Slot
 from guided_descent.routing.roles import Block
 
@@ -32,6 +34,7 @@ class Line:
         state_bytes: Bytes of its optimizer state.
         flops: Floating point operations of one step, refreshes included at their share.
         why: How the role was found.
+        owner: The rank that updates the whole block, where ranks share it; ``None``: each what lies there.
     """
 
     parameter: str
@@ -45,6 +48,7 @@ class Line:
     state_bytes: int
     flops: float
     why: str
+    owner: int | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class Explanation:
     state_bytes: int
     flops: float
     added: tuple[Added, ...] = ()
+    assignment: Assignment | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -75,10 +80,11 @@ class Explanation:
         rows = [head]
         for line in self.lines:
             name = line.parameter + "".join(f" = {alias}" for alias in line.aliases)
+            why = line.why if line.owner is None else f"{line.why}; whole at rank {line.owner}".removeprefix("; ")
             rates = (f"{line.lr:g}", f"{line.weight_decay:g}")
             view = "x".join(map(str, line.view)) or "scalar"
             cost = (_bytes(line.state_bytes), f"{line.flops / 1e6:.3g}")
-            rows.append((name, line.role, line.recipe, view, *rates, *cost, line.why))
+            rows.append((name, line.role, line.recipe, view, *rates, *cost, why))
         widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
         text = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[-1]]).rstrip() for row in rows]
         per = self.state_bytes / max(self.parameters, 1)
@@ -89,13 +95,16 @@ class Explanation:
         for each in self.added:
             numbers = ", ".join(f"{name}={value}" for name, value in each.numbers.items())
             text.append(f"added to group {each.group}: {each.wrapper} ({numbers})")
+        if self.assignment is not None:
+            text.append(str(self.assignment))
         return "\n".join(text)
 
 
 def explain(optimizer: RoutedOptimizer) -> Explanation:
     """Which recipe updates which parameter, in which view, at which rates, at what cost, and why.
 
-    State bytes follow from the declared slots and equal what is allocated, but for what evaluation mode holds.
+    State bytes follow from the declared slots and equal what is allocated, but for what evaluation mode holds; where
+    ranks share the parameters, on all of them together, copies once.
 
     Args:
         optimizer: An optimizer of this library.
@@ -116,6 +125,8 @@ def explain(optimizer: RoutedOptimizer) -> Explanation:
     lines: list[Line] = []
     shared: dict[tuple[int, str], int] = {}
     total = 0
+    assignment = optimizer.assignment
+    owner = {} if assignment is None else {share.block: share.owner for share in assignment.shares}
     counted: set[str] = set()  # blocks, and parameters whose step counter has been counted
     for index, group in enumerate(optimizer.param_groups):
         for name, tensor in zip(group["param_names"], group["params"]):
@@ -128,12 +139,6 @@ def explain(optimizer: RoutedOptimizer) -> Explanation:
                 counted.add(block.key)
                 joined = tuple(other for other in block.names if other != name)
                 parts = optimizer._engine.binder.parts(index, block)
-                share = sum(
-                    task.flops / part.policy(group).period
-                    for part in parts
-                    if part.policy(group).period
-                    for task in part.tasks(block).values()
-                )
                 counters = {f"step of {other}" for other in block.names} - counted
                 counted |= counters
                 size = _state_bytes(optimizer, index, block, tensor) + 4 * len(counters) if held else 0
@@ -150,8 +155,9 @@ def explain(optimizer: RoutedOptimizer) -> Explanation:
                         lr=float(group["lr"]) * block.lr_scale,
                         weight_decay=float(group.get("weight_decay", 0.0)) * block.wd_scale,
                         state_bytes=size,
-                        flops=sum(part.flops(block) for part in parts) + share if held else 0.0,
+                        flops=flops(parts, block, group) if held else 0.0,
                         why=block.why,
+                        owner=owner.get(block.key),
                     )
                 )
     size = sum(line.state_bytes for line in lines) + sum(shared.values())
@@ -160,7 +166,7 @@ def explain(optimizer: RoutedOptimizer) -> Explanation:
         for index, wrappers in enumerate(optimizer._engine.binder.carried)
         for wrapper in wrappers
     )
-    return Explanation(tuple(lines), total, size, sum(line.flops for line in lines), added)
+    return Explanation(tuple(lines), total, size, sum(line.flops for line in lines), added, assignment)
 
 
 def _state_bytes(optimizer: RoutedOptimizer, group: int, block: Block, tensor: torch.Tensor) -> int:

@@ -134,18 +134,3 @@ def test_what_two_ranks_save_loads_on_others(folder, tmp_path, world, sharded):
 
 def test_plain_state_dicts_load(tmp_path):
     run(plain, 2, tmp_path)
-
-
-def refuse(rank, world):
-    warnings.simplefilter("ignore")
-    for key, options in (("kfac", {"loss": "mse"}), ("clars", {})):
-        model = fsdp(torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 2)))
-        with pytest.raises(TypeError, match=f"{key} reads the inputs .*'0.weight' is a DTensor.*: use Distributed"):
-            gd.optimizer(key, model, **options)
-    for key, options in (("sophia_h", {}), ("adamw", {"state_dtype": "8bit"})):
-        with pytest.raises(TypeError, match=f"is sharded and cannot be trained by {key}"):
-            gd.optimizer(key, fsdp(torch.nn.Linear(64, 80)), **options)
-
-
-def test_what_cannot_be_sharded_is_refused(tmp_path):
-    run(refuse, 2, tmp_path)

@@ -173,24 +173,33 @@ def supported(module: nn.Module) -> Kind | None:
 
     Types are matched exactly, as a subclass may compute something else: ``Linear``, ``Conv1d`` to ``Conv3d`` with any
     stride, padding, dilation and groups, ``Embedding``, and with a gain ``LayerNorm``, ``RMSNorm``, ``GroupNorm`` and
-    ``BatchNorm1d`` to ``BatchNorm3d`` (where samples of a batch in training mode depend on each other).
+    ``BatchNorm1d`` to ``BatchNorm3d`` (where samples of a batch in training mode depend on each other). Parameters may
+    be sharded by ``fully_shard``, which makes them whole for a forward pass; layers that are divided among ranks, as in
+    tensor parallel, show each rank a part of what they see.
     """
     return None if why_not(module) else kind_of(module)
 
 
 def kind_of(module: nn.Module) -> Kind:
     """The kind of a module of a supported type."""
-    return "linear" if type(module) in _LINEAR else "embedding" if type(module) is nn.Embedding else "scale"
+    kind = own_class(module)
+    return "linear" if kind in _LINEAR else "embedding" if kind is nn.Embedding else "scale"
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """A module's class, without what ``fully_shard`` puts before it."""
+    kinds = type(module).__mro__
+    return kinds[2] if kinds[1].__name__ == "FSDPModule" else kinds[0]
 
 
 def why_not(module: nn.Module) -> str:
     """The reason for which a module cannot be captured; empty when it can."""
-    kind = type(module).__name__
+    kind = own_class(module).__name__
     if nn.utils.parametrize.is_parametrized(module):
         return f"{kind}: its weight is parametrized, so that the layer's gradient is not the parameter's"
     if any(p is not None and nn.parameter.is_lazy(p) for p in module._parameters.values()):
         return f"{kind}: it is lazy; run one batch through the model first"
-    if type(module) not in (*_LINEAR, nn.Embedding, *_SCALE):
+    if own_class(module) not in (*_LINEAR, nn.Embedding, *_SCALE):
         return (
             f"{kind} is not one of the exact types Linear, Conv1d/2d/3d, Embedding, LayerNorm, RMSNorm, GroupNorm, "
             "BatchNorm1d/2d/3d"
@@ -201,13 +210,13 @@ def why_not(module: nn.Module) -> str:
     if weight is None:
         what = (
             "has no gain (affine=False)"
-            if type(module) in _SCALE
+            if own_class(module) in _SCALE
             else "computes its weight (weight_norm, pruning, FSDP)"
         )
         return f"{kind}: it {what}, so that there is no parameter to precondition"
     for tensor in (weight, module._parameters.get("bias")):
-        if tensor is not None and type(tensor) is not nn.Parameter:
-            return f"{kind}: its parameter is a {type(tensor).__name__} (sharded or a tensor subclass), not a plain one"
+        if tensor is not None and type(tensor) is not nn.Parameter and not hasattr(tensor, "full_tensor"):
+            return f"{kind}: its parameter is a {type(tensor).__name__} (a tensor subclass), not a plain one"
     if weight.shape != _shape(module):
         return (
             f"{kind}: its weight {list(weight.shape)} is not the declared {list(_shape(module))} (flattened or sharded)"

@@ -205,6 +205,10 @@ class Binder:
             plan.steps[p.index] = plan.counts[p.index]
             self.state[p.tensor]["step"] = plan.steps[p.index]
         plan.entries = self._make_entries(live)
+        for index, group in enumerate(self.groups):
+            own = [entry for entry in plan.entries.values() if entry.group == index]
+            if own and group["state_dtype"]:
+                packing.check_names(group["state_dtype"], [entry.parts.slots(entry.block) for entry in own])
         plan.owners = self.sharing.divide(list(plan.entries.values()), self.groups, len(parameters))
         mine = plan.entries.values() if plan.owners is None else plan.owners.entries()
         plan.buckets = self._make_buckets(mine, self._shared(plan.entries.values()), plan.places)
@@ -299,10 +303,6 @@ class Binder:
             bucket.owners.append(entry.owners)
             if entry.half != "second":
                 places[block.key] = (bucket, len(bucket.blocks) - 1)
-        for index, group in enumerate(self.groups):
-            own = [entry.block for entry in entries if entry.group == index]
-            if own and group["state_dtype"]:
-                packing.check_names(group["state_dtype"], [self.parts(index, block).slots(block) for block in own])
         for bucket in buckets.values():
             self._allocate(bucket, shared)
             if bucket.stacked:

@@ -181,7 +181,7 @@ class Engine:
                 self.diagonal.complete(gradients, closure)
             self._update(plan, gradients, active, closure)
             if judging and closure is not None and loss is not None and self.groups[0]["steps"] > steps:
-                self._judge(judging, closure, _number(loss))
+                self._judge(judging, closure, self._mean(loss))
             return loss
         finally:
             self.objective = None
@@ -269,11 +269,20 @@ class Engine:
         kept = [tensor.grad for tensor in tensors]
         for tensor in tensors:
             tensor.grad = None
-        after = _number(again(self, closure))
+        after = self._mean(again(self, closure))
         for tensor, grad in zip(tensors, kept):
             tensor.grad = grad
         for group, part in judging:
             part.judge(self.groups[group]["extra"], self.groups[group], before, after)
+
+    def _mean(self, loss: Any) -> float:
+        """A loss as a number, with or without a graph: the mean over ranks, which each see a part of the batch."""
+        value = float(loss.detach() if isinstance(loss, Tensor) else loss)
+        if self.process_group is None:
+            return value
+        message = torch.tensor(value, dtype=torch.float64, device=self.bind_current().parameters[0].part.device)
+        torch.distributed.all_reduce(message, group=self.process_group)
+        return float(message) / torch.distributed.get_world_size(self.process_group)
 
     def gradients(self, plan: Plan) -> list[Tensor | None]:
         """The gradient of each parameter, or its part on this rank, checked; all ranks agree on which there are."""
@@ -623,7 +632,7 @@ class Engine:
             first=w.step == 1,
             work=work,
             seed=group["seed"],
-            seen=self.observer.seen_by(piece.blocks) if self.observer is not None else None,
+            seen=self.observer.seen_by(piece.blocks) if self.observer is not None and bucket.parts.layer_io else None,
             probed=None if w.probed is None else gradient(w.probed, "probed"),
         )
         self.diagonal.show(x, w)
@@ -763,8 +772,3 @@ def _warn_half_once(dtype: torch.dtype) -> None:
             UserWarning,
             stacklevel=6,
         )
-
-
-def _number(loss: Any) -> float:
-    """A loss as a number, whether or not it has a graph."""
-    return float(loss.detach() if isinstance(loss, Tensor) else loss)

@@ -37,8 +37,10 @@ def evaluation_weights(engine: Engine) -> dict[int, Tensor]:
     found: list[Tensor | None] = [None] * len(plan.parameters)
     for bucket in plan.buckets:
         part = bucket.parts.average
+        if part is None:
+            continue
         rows = [i for i, _, owners in bucket.members() if all(plan.counts[p.index] for p in owners)]
-        if part is None or not rows:
+        if not rows:
             continue
         for p in (p for i in rows for p in bucket.owners[i] if found[p.index] is None):
             wide = work_dtype(p.tensor.dtype)

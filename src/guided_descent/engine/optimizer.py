@@ -23,6 +23,7 @@ from guided_descent.engine.persistence import load, pack
 from guided_descent.engine.policies import POLICIES
 from guided_descent.engine.rounding import ROUNDINGS
 from guided_descent.engine.state import state_bytes
+from guided_descent.parallel.assignment import Assignment
 from guided_descent.parallel.sharing import Sharing
 from guided_descent.parts.base import Part
 from guided_descent.parts.wrapper import Wrapper
@@ -239,6 +240,20 @@ class Optimizer(torch.optim.Optimizer):
         self._engine.bind()
         shared = [v for group in self.param_groups for v in group["extra"].values() if isinstance(v, Tensor)]
         return sum(map(state_bytes, self.state.values())) + sum(v.numel() * v.element_size() for v in shared)
+
+    @property
+    def assignment(self) -> Assignment | None:
+        """Which rank owns which block, with FLOPs and bytes sent by rank; ``None`` where no ranks share the work."""
+        owners = self._engine.bind().owners
+        return None if owners is None else owners.assignment(self.param_groups)
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of gradients, directions and state that have gone from this rank to others since the build.
+
+        A step in which every parameter has a gradient sends what ``assignment`` forecasts.
+        """
+        return self._engine.binder.sharing.tally.sent
 
     @property
     def workspace_bytes(self) -> int:

@@ -236,20 +236,21 @@ def settle(params: Any, parallel: bool | None, mesh: Any, wire_dtype: str | None
     return Sharing(members, bool(parallel), WIRE[wire_dtype], int(workspace_mb * 2**20))
 
 
-def ranks_of_data(model: nn.Module, owners: Owners) -> Any:
-    """The process group of the ranks that each see a part of the batch, where a model is fully sharded.
+def check_readable(model: nn.Module, label: str) -> None:
+    """Where layers are to be read, each rank sees all of them for its part of the batch, as with ``fully_shard`` alone.
 
     Raises:
-        TypeError: Layers are divided among ranks as well, so that no rank sees all of one.
+        TypeError: Some layer is divided among ranks.
     """
     from torch.distributed.fsdp import FSDPModule
 
     inside = {id(p) for module in model.modules() if isinstance(module, FSDPModule) for p in module.parameters()}
     for name, p in model.named_parameters():
-        places = [place.is_replicate() for place in getattr(p, "placements", ())]
-        if is_dtensor(p) and (id(p) not in inside or places not in ([False], [True, False])):
-            raise TypeError(
-                f"{name!r} is placed as {p.placements}: layers that are divided among ranks (tensor or expert "  # type: ignore[attr-defined]
-                "parallel) cannot be read; shard with fully_shard alone, or use a recipe that reads no layers"
-            )
-    return owners.ranks.group
+        if is_dtensor(p):
+            places = [place.is_replicate() for place in p.placements]  # type: ignore[attr-defined]
+            if id(p) not in inside or places not in ([False], [True, False]):
+                raise TypeError(
+                    f"{label} reads layers, and that of {name!r} is divided among ranks (tensor or expert parallel), "
+                    "of which none sees all of it; shard with fully_shard alone, or use a recipe that reads no layers, "
+                    "such as muon, soap or shampoo"
+                )

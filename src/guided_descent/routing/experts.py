@@ -7,13 +7,23 @@ from itertools import pairwise
 
 from torch import nn
 
-from guided_descent.routing.tree import EXPERTS, Map, Node, is_parametrization, map_of, number, shape_of, type_names
+from guided_descent.routing.tree import (
+    EXPERTS,
+    Map,
+    Node,
+    is_parametrization,
+    map_of,
+    number,
+    own_class,
+    shape_of,
+    type_names,
+)
 
 
 def stack_reason(node: Node, shape: tuple[int, ...]) -> str | None:
     """Why axis 0 of a raw parameter counts experts: the module says so, or a neighbour picks among as many."""
     count = shape[0]
-    if count < 2 or type(node.module).__module__.startswith("torch.nn."):
+    if count < 2 or own_class(node.module).__module__.startswith("torch.nn."):
         return None
     if number(node.module, EXPERTS) == count:
         return f"{node.kind} declares {count} experts"

@@ -5,7 +5,18 @@ from __future__ import annotations
 from torch import nn
 
 from guided_descent.routing.layouts import equal_parts
-from guided_descent.routing.tree import HEAD_DIM, HEADS, KV_HEADS, Map, Node, map_of, number, takes_in, type_names
+from guided_descent.routing.tree import (
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    Map,
+    Node,
+    map_of,
+    number,
+    own_class,
+    takes_in,
+    type_names,
+)
 
 Parts = tuple[tuple[str, int], ...]
 Fused = tuple[Parts, str]
@@ -67,7 +78,7 @@ def _gated(node: Node, parent: Node, m: Map, maps: list[Map]) -> Fused | None:
         return None
     if not any(other.inp == half and other.out == m.inp for other in maps):
         return None
-    if node.parent is not None and type(node.parent.module) is nn.Sequential:
+    if node.parent is not None and own_class(node.parent.module) is nn.Sequential:
         line = node.parent.children
         after = [found for other in line[line.index(node) + 1 :] if (found := map_of(other.module)) is not None]
         if after and after[0].inp != half:

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from torch import nn
 
-from guided_descent.routing.tree import Map, Node, is_embedding, is_norm, map_of, shape_of, takes_in
+from guided_descent.routing.tree import Map, Node, is_embedding, is_norm, map_of, own_class, shape_of, takes_in
 
 
 def find_heads(root: Node, skip: Collection[Node]) -> dict[Node, tuple[str, bool]]:
@@ -82,9 +82,9 @@ def _in_stack(node: Node) -> bool:
 
 def _outline(node: Node) -> object:
     """What makes two items of a list alike: their type, and for plain sequences the types of what they hold."""
-    if type(node.module) is nn.Sequential:
+    if own_class(node.module) is nn.Sequential:
         return tuple(below.kind for below in node.walk())
-    return type(node.module)
+    return own_class(node.module)
 
 
 def _last_holder(root: Node, skip: Collection[Node]) -> Node | None:

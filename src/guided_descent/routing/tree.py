@@ -49,7 +49,7 @@ class Node:
     @property
     def transparent(self) -> bool:
         """Whether it only holds other modules: a plain list, dict or sequence."""
-        return type(self.module) in _CONTAINERS and not self.own
+        return own_class(self.module) in _CONTAINERS and not self.own
 
     def walk(self) -> Iterator[Node]:
         """This node and all below it, in order of registration."""
@@ -104,6 +104,12 @@ def _unwrap(path: str, module: nn.Module) -> tuple[str, nn.Module]:
             break
         path, module = f"{path}.{leaf}" if path else leaf, inner
     return path, module
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """A module's class, without what ``fully_shard`` puts before it."""
+    kinds = type(module).__mro__
+    return kinds[2] if kinds[1].__name__ == "FSDPModule" else kinds[0]
 
 
 def type_names(module: nn.Module) -> list[str]:

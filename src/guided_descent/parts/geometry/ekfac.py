@@ -33,6 +33,11 @@ class Ekfac(Kfac):
 
     carries: str = key("second_moment")
 
+    @property
+    def observes_state(self) -> bool:
+        """The basis in which it sees gradients."""
+        return True
+
     def slots(self, block: Block) -> dict[str, Slot]:
         """Those of K-FAC and the scales."""
         return super().slots(block) | {"scales": Slot("factor", block.shape)}

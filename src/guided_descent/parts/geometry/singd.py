@@ -160,6 +160,11 @@ class InverseFree(Reading):
         """The structure of a side of length d."""
         return Structure(self.structure, d, self.width)
 
+    @property
+    def observes_state(self) -> bool:
+        """The roots with which it turns what it sees."""
+        return True
+
     def slots(self, block: Block) -> dict[str, Slot]:
         """Roots and their momenta."""
         slots = super().slots(block)
