@@ -11,7 +11,7 @@ from guided_descent.capture.losses import (
     as_loss,
 )
 from guided_descent.capture.output import OutputTap
-from guided_descent.capture.tap import Capture
+from guided_descent.capture.tap import Capture, unwrap
 
 __all__ = [
     "LOSSES",
@@ -26,5 +26,6 @@ __all__ = [
     "as_loss",
     "per_sample_norms",
     "supported",
+    "unwrap",
     "why_not",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from guided_descent.capture.tap import _EAGER, _Hook, _output, _recording, _unwrap
+from guided_descent.capture.tap import _EAGER, _Hook, _output, _recording, unwrap
 
 
 class OutputTap:
@@ -34,7 +34,7 @@ class OutputTap:
     """
 
     def __init__(self, model: nn.Module, callback: Callable[[Tensor], None]) -> None:
-        self.root = _unwrap(model)
+        self.root = unwrap(model)
         self.callback = callback
         self._handle: RemovableHandle | None = None
 

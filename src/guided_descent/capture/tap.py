@@ -160,7 +160,7 @@ class Capture:
         self.loss = as_loss(loss)
         self.observer = observer
         self.seed, self.rank, self.scaler = seed, rank, scaler
-        self.root = _unwrap(model)
+        self.root = unwrap(model)
         if not isinstance(layers, Mapping):
             known = dict(model.named_modules()) | dict(self.root.named_modules())
             if unknown := [name for name in layers if name not in known]:
@@ -436,14 +436,14 @@ def _output(output: Any) -> Tensor:
     )
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """The module within DistributedDataParallel and ``torch.compile``'s wrappers."""
     if isinstance(model, nn.DataParallel):
         raise ValueError("the model is a DataParallel, whose replicas cannot be captured; use DistributedDataParallel")
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        return _unwrap(model.module)
+        return unwrap(model.module)
     compiled = model._modules.get("_orig_mod")
-    return model if compiled is None else _unwrap(compiled)
+    return model if compiled is None else unwrap(compiled)
 
 
 def _join(tensors: list[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from guided_descent.capture import Capture, LayerIO, supported, why_not
+from guided_descent.capture import Capture, LayerIO, supported, unwrap
 from guided_descent.capture.tap import Scaler
 
 Source = Literal["passes", "samples"]
@@ -226,7 +226,7 @@ class _Passes:
 
     def __init__(self, model: nn.Module, scaler: Scaler | None) -> None:
         self.scaler = scaler
-        self._named = [(name, p) for name, p in _unwrapped(model).named_parameters() if p.requires_grad]
+        self._named = [(name, p) for name, p in unwrap(model).named_parameters() if p.requires_grad]
         if not self._named:
             raise ValueError("no parameter of the model takes gradients")
         self.layers = list(dict.fromkeys(_module_of(name) for name, _ in self._named))
@@ -285,7 +285,7 @@ class _Samples:
     """Squared norms of the gradient of each sample, by layer, from what the layers see."""
 
     def __init__(self, model: nn.Module, scaler: Scaler | None) -> None:
-        root = _unwrapped(model)
+        root = unwrap(model)
         users: dict[int, int] = {}
         for module in root.modules():
             for p in module.parameters(recurse=False):
@@ -294,7 +294,6 @@ class _Samples:
             name: module
             for name, module in root.named_modules()
             if supported(module)
-            and not why_not(module)
             and all(p.requires_grad and users[id(p)] == 1 for p in module.parameters(recurse=False))
         }
         if not read:
@@ -416,13 +415,3 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 def _module_of(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module within the wrappers."""
-    while True:
-        inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else None
-        inner = model._modules.get("_orig_mod") if inner is None else inner
-        if inner is None:
-            return model
-        model = inner

@@ -664,8 +664,9 @@ class Engine:
         if w.unpacked:
             w.slice.pack(w.step)
         w.slice.scatter()
-        if w.bucket.half == "first":
-            self.bind_current().owners.tell(w.slice.blocks, x)  # type: ignore[union-attr]
+        owners = self.bind_current().owners
+        if owners is not None and w.bucket.half == "first":
+            owners.tell(w.slice.blocks, x)
         self.collect(w.slice, x)
 
     def unpack(self, w: Work) -> None:

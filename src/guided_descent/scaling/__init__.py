@@ -7,10 +7,10 @@ from collections.abc import Collection, Sequence
 from torch import nn
 
 from guided_descent.routing import Rule
-from guided_descent.scaling import modula
+from guided_descent.scaling import meanfield, modula
 from guided_descent.scaling.base import Parametrization
 
-__all__ = ["NAMES", "Parametrization", "modula", "resolve"]
+__all__ = ["NAMES", "Parametrization", "meanfield", "modula", "resolve"]
 
 #: What ``parametrization=`` may be as a name.
 NAMES = ("modula", "flat")
