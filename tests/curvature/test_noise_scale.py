@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -260,6 +262,21 @@ def test_every_so_many_steps(source: str) -> None:
     assert noise.measure().updates == 3
     noise.remove()
     model(inputs(4, made)).mean().backward()
+
+
+def test_one_that_is_dropped_leaves_the_model_alone() -> None:
+    """While a capture is armed, ``torch.compile`` is set aside in the whole process."""
+    model = Planted()
+    noise = NoiseScale(model, source="samples")
+    watched = weakref.ref(noise)
+    assert any(module._forward_hooks for module in model.modules())
+    gc.disable()
+    try:
+        del noise
+        assert watched() is None
+        assert not any(module._forward_hooks for module in model.modules())
+    finally:
+        gc.enable()
 
 
 def test_a_resumed_measurement_goes_on(tmp_path: Path) -> None:

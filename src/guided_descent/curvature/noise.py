@@ -9,6 +9,7 @@ means little. (McCandlish et al. 2018, 1812.06162, appendix A.)
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -305,9 +306,10 @@ class _Samples:
         self._named = [(f"{n}.{k}", p) for n, m in read.items() for k, p in m.named_parameters(recurse=False)]
         self._place = [self.layers.index(_module_of(name)) for name, _ in self._named]
         self.device = self._named[0][1].device
-        self._capture = Capture(model, read, self._observe, fisher="empirical", loss=None, scaler=scaler)
         self._sums: dict[str, Tensor] = {}
         self._samples: dict[str, int] = {}
+        observe = functools.partial(_fold, self._sums, self._samples)  # not a method: it would keep the capture armed
+        self._capture = Capture(model, read, observe, fisher="empirical", loss=None, scaler=scaler)
         self._step = 0
 
     def listen(self, yes: bool) -> None:
@@ -323,7 +325,8 @@ class _Samples:
         zero = torch.zeros((), dtype=torch.float64)
         found = torch.stack([self._sums.get(name, zero).cpu() for name in self.layers])
         samples, passes = max(self._samples.values(), default=0), self._capture.passes
-        self._sums, self._samples = {}, {}
+        self._sums.clear()
+        self._samples.clear()
         return found, passes if samples else 0, samples
 
     def whole(self) -> Tensor:
@@ -334,12 +337,14 @@ class _Samples:
         """Let go of the layers."""
         self._capture.remove()
 
-    def _observe(self, name: str, io: LayerIO) -> None:
-        samples = io.a.shape[0]
-        # of the sum over terms; that of the mean over the terms of one sample has samples / terms of it
-        found = io.per_sample_squared_norms().double().sum() * (samples / io.terms) ** 2
-        self._sums[name] = self._sums[name] + found if name in self._sums else found
-        self._samples[name] = self._samples.get(name, 0) + samples
+
+def _fold(sums: dict[str, Tensor], samples: dict[str, int], name: str, io: LayerIO) -> None:
+    """Add the squared norms of a layer's samples, and how many there are."""
+    count = io.a.shape[0]
+    # of the sum over terms; that of the mean over the terms of one sample has count / terms of it
+    found = io.per_sample_squared_norms().double().sum() * (count / io.terms) ** 2
+    sums[name] = sums[name] + found if name in sums else found
+    samples[name] = samples.get(name, 0) + count
 
 
 def curvature_noise_scale(
