@@ -141,12 +141,24 @@ def burgers() -> str:
     return table(["", "steps", "evaluations", "products", "Jacobians"], rows)
 
 
+def sharing() -> str:
+    """A step of ranks that share the work beside one in which each does all of it."""
+    rows: dict[str, list[str]] = {}
+    for row in load("sharing")["results"]:
+        held = row["ranks"][0]["state_bytes"]
+        half = held["shared"] / held["all do all"]
+        rows.setdefault(row["method"], [f"`{row['method']}`"]).extend([f"{row['wall_ratio']:.2f}", f"{half:.2f}"])
+    heads = ["", "GPT 2 × 256: wall time", "state of a rank", "GPT 1 × 512: wall time", "state of a rank"]
+    return table(heads, rows.values())
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "matrices": matrices,
     "elementwise": elementwise,
     "usefulness": usefulness,
     "curvature": curvature,
     "burgers": burgers,
+    "sharing": sharing,
 }
 
 
