@@ -161,3 +161,9 @@ print("done")
 def test_the_library_needs_torch_alone() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "done", done.stderr
+
+
+def test_names_of_test_files_are_unique() -> None:
+    """Pytest imports them by their base name; of two the second is not collected, and ranks import the wrong one."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names)), f"{sorted(n for n in set(names) if names.count(n) > 1)} are there twice"
